@@ -1,0 +1,65 @@
+"""``python -m fastbconv env | train | bench``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+_USAGE = """usage: python -m fastbconv COMMAND [options]
+
+  env     versions, compiler, instruction set, threads, how the native library was built
+  train   train a Bayesian CNN and report its calibration   (train --help)
+  bench   time the layers against their deterministic peers (bench --help)"""
+
+
+def env() -> int:
+    """Prints what is running; compiles the native library if it is not there yet."""
+    from . import _native
+
+    info = _native.build_info()
+    attempts = info.pop("attempts")
+    # A CPU build is the rule, so the reason stands beside the answer instead of in a row of its own.
+    info["cuda"] = f"{'yes' if info['cuda'] else 'no'} ({info.pop('cuda_reason')})"
+    width = max(map(len, info))
+    for name, value in info.items():
+        print(f"{name.replace('_', ' '):<{width}}  {'-' if value is None else value}")
+    for attempt in attempts:
+        print(f"{'tried':<{width}}  {attempt}")
+    return 0
+
+
+def _delegate(module: str, function: str, extra: str, arguments: Sequence[str]) -> int:
+    try:
+        command = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("fastbconv"):
+            raise
+        print(
+            f"{error.name} is not installed, and this command needs it: "
+            f"pip install 'fastbconv[{extra}]'",
+            file=sys.stderr,
+        )
+        return 2
+    return command(list(arguments)) or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments else "--help"
+    if command == "env":
+        return env()
+    if command == "train":
+        return _delegate("fastbconv.train.cli", "main", "train", arguments)
+    if command == "bench":
+        return _delegate("fastbconv.bench", "main", "bench", arguments)
+    if command in ("-h", "--help", "help"):
+        print(_USAGE)
+        return 0
+    print(f"command: expected env, train or bench, got {command!r}\n\n{_USAGE}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,378 @@
+"""How the native library is built: one description for setup.py and for the build at first use.
+
+Nothing of ours is imported and only the standard library at import time, because setup.py loads
+this file by path, before the package exists. torch is imported inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODULE_NAME = "_C"
+STAMP_HEADER = "fbc_build_stamp.h"
+STAMP_PREFIX = "fastbconv-stamp:"
+BACKENDS = ("auto", "native", "reference")
+ISAS = ("baseline", "avx2", "avx512")
+
+_SOURCE_PATTERNS = ("cpu/*.cpp", "bindings/*.cpp")
+_CUDA_SOURCE_PATTERNS = ("cuda/*.cpp", "cuda/*.cu")
+_HASHED_SUFFIXES = {".h", ".inc", ".cpp", ".cu", ".cuh"}
+
+# Contraction stays off and no fast-math flag is ever added: every fused multiply-add is written out
+# in csrc/core, and all instruction sets have to give the same bits. The two relaxations used do not
+# change any value, only errno and floating-point traps.
+_CXX_FLAGS = (
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-Wall",
+)
+_NVCC_FLAGS = ("-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden")
+
+
+class FastbconvBuildError(RuntimeError):
+    """The native library could not be loaded or built; the message says what was tried."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The environment variables, read once per use by :func:`settings`."""
+
+    backend: str  # FASTBCONV_BACKEND: auto, native, reference
+    cache: Path  # FASTBCONV_CACHE: where libraries built at first use are kept
+    isa: str | None  # FASTBCONV_ISA: highest instruction set the kernels may use
+    ahead_of_time: bool  # FASTBCONV_AOT: whether setup.py compiles
+
+
+def settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Reads every ``FASTBCONV_*`` variable; a wrong value raises ValueError."""
+
+    def choice(name: str, allowed: Sequence[str], default: str | None) -> str | None:
+        value = environ.get(name, "").strip().lower() or default
+        if value is not None and value not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        return value
+
+    backend = choice("FASTBCONV_BACKEND", BACKENDS, "auto")
+    assert backend is not None
+    return Settings(
+        backend=backend,
+        cache=_cache_folder(environ),
+        isa=choice("FASTBCONV_ISA", ISAS, None),
+        ahead_of_time=choice("FASTBCONV_AOT", ("0", "1"), "1") == "1",
+    )
+
+
+def _cache_folder(environ: Mapping[str, str]) -> Path:
+    if environ.get("FASTBCONV_CACHE"):
+        return Path(environ["FASTBCONV_CACHE"]).expanduser().absolute()
+    if environ.get("XDG_CACHE_HOME"):
+        return Path(environ["XDG_CACHE_HOME"]).absolute() / "fastbconv"
+    home = Path(os.path.expanduser("~"))
+    if home.is_absolute() and os.access(home, os.W_OK):
+        return home / ".cache" / "fastbconv"
+    # No usable home (service accounts): a folder of this user alone, since its content is executed.
+    return Path(tempfile.gettempdir()) / f"fastbconv-{os.getuid()}"
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """Everything that decides what the native library is."""
+
+    root: Path  # the csrc folder
+    sources: tuple[Path, ...]
+    include_dirs: tuple[Path, ...]
+    cxx_flags: tuple[str, ...]
+    nvcc_flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+    source_hash: str
+    version: str
+    torch: str
+    compiler: str  # first line of its --version
+    cuda: bool
+    cuda_reason: str
+
+    @property
+    def environment_key(self) -> str:
+        """Digest of all that is not a source: versions, compiler, flags."""
+        parts = (
+            self.version,
+            self.torch,
+            f"{sys.implementation.cache_tag}-{sys.platform}",
+            self.compiler,
+            f"{self.cuda} {os.environ.get('TORCH_CUDA_ARCH_LIST', '') if self.cuda else ''}",
+            *map(str, self.cxx_flags + self.nvcc_flags + self.link_flags),
+        )
+        return _digest("\0".join(parts).encode())
+
+    @property
+    def key(self) -> str:
+        """Name of the cache folder of the finished library."""
+        return f"{self.version}-torch{self.torch}-{self.environment_key}-{self.source_hash}"
+
+    @property
+    def work_key(self) -> str:
+        """Name of the folder with the object files: one per source tree, so that an edit recompiles
+        only what it touches."""
+        return f"work-{self.environment_key}-{_digest(str(self.root).encode())}"
+
+    @property
+    def stamp(self) -> str:
+        """Written into the library, and found there without loading it."""
+        return f"{STAMP_PREFIX}{self.source_hash}:torch={self.torch};"
+
+    def write_stamp(self, folder: Path) -> None:
+        """Writes the header that only ``bindings/module.cpp`` includes.
+
+        A header and not a ``-D`` flag: the hash changes with every edit, and a changed command
+        line would recompile every file.
+        """
+        text = (
+            "// Written by the build.\n#pragma once\n"
+            f'#define FBC_SOURCE_HASH "{self.source_hash}"\n'
+            f'#define FBC_BUILD_STAMP "{self.stamp}"\n'
+        )
+        path = folder / STAMP_HEADER
+        if not path.exists() or path.read_text() != text:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def extension(self, stamp_folder: Path, relative_to: Path) -> Any:
+        """The setuptools extension of an ahead-of-time build."""
+        from torch.utils import cpp_extension
+
+        self.write_stamp(stamp_folder)
+        make = cpp_extension.CUDAExtension if self.cuda else cpp_extension.CppExtension
+        return make(
+            f"fastbconv.{MODULE_NAME}",
+            # setuptools refuses absolute sources, and they would end up in the wheel's record.
+            [os.path.relpath(source, relative_to) for source in self.sources],
+            include_dirs=[str(folder) for folder in (*self.include_dirs, stamp_folder)],
+            extra_compile_args={"cxx": list(self.cxx_flags), "nvcc": list(self.nvcc_flags)},
+            extra_link_args=list(self.link_flags),
+        )
+
+    def compile(self, folder: Path) -> Path:
+        """Compiles with torch's builder in ``folder`` and imports the result (a smoke test)."""
+        from torch.utils import cpp_extension
+
+        self.write_stamp(folder)
+        os.environ.setdefault("MAX_JOBS", str(_usable_cpus()))
+        cpp_extension.load(
+            MODULE_NAME,
+            [str(source) for source in self.sources],
+            extra_cflags=list(self.cxx_flags),
+            extra_cuda_cflags=list(self.nvcc_flags),
+            extra_ldflags=list(self.link_flags),
+            extra_include_paths=[str(path) for path in (*self.include_dirs, folder)],
+            build_directory=str(folder),
+            with_cuda=self.cuda,
+        )
+        return folder / f"{MODULE_NAME}.so"
+
+
+def read_stamp(library: Path) -> dict[str, str] | None:
+    """Source hash and torch version inside a library, read without loading it.
+
+    Loading registers the operators, so a library must be known to fit before it is loaded.
+    """
+    pattern = re.compile(STAMP_PREFIX.encode() + rb"([0-9a-f]+):torch=([^;]+);")
+    found = pattern.search(library.read_bytes())
+    if found is None:
+        return None
+    return {"source_hash": found[1].decode(), "torch": found[2].decode()}
+
+
+def source_root() -> Path | None:
+    """The csrc folder: beside the package in a checkout, inside it in an installed wheel."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "_csrc", here.parent / "csrc"):
+        if (folder / "bindings").is_dir():
+            return folder
+    return None
+
+
+def source_hash(root: Path) -> str:
+    """Digest of the names and contents of all native sources."""
+    digest = hashlib.sha256()
+    files = (path for path in root.rglob("*") if path.suffix in _HASHED_SUFFIXES)
+    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def build_spec(root: Path | None = None) -> BuildSpec:
+    """Describes the build for the interpreter, torch and compiler at hand.
+
+    Args:
+        root: The csrc folder; by default the one that belongs to this file.
+
+    Raises:
+        FastbconvBuildError: The sources or a C++ compiler are missing.
+    """
+    import torch
+
+    root = root or source_root()
+    if root is None:
+        raise FastbconvBuildError("the native sources (csrc) are not beside the package")
+    if sys.platform not in ("linux", "darwin"):
+        raise FastbconvBuildError(
+            f"the native library is built on Linux and macOS, not on {sys.platform}"
+        )
+    compiler = compiler_version()
+    openmp_compile, openmp_link = _openmp_flags(compiler)
+    cuda, cuda_reason = _cuda_support(root)
+    patterns = _SOURCE_PATTERNS + (_CUDA_SOURCE_PATTERNS if cuda else ())
+    return BuildSpec(
+        root=root,
+        sources=tuple(path for pattern in patterns for path in sorted(root.glob(pattern))),
+        include_dirs=(root, *_pybind11_folders()),
+        cxx_flags=_CXX_FLAGS + openmp_compile + (("-DFBC_WITH_CUDA",) if cuda else ()),
+        nvcc_flags=_NVCC_FLAGS + ("-DFBC_WITH_CUDA",) if cuda else (),
+        link_flags=openmp_link,
+        source_hash=source_hash(root),
+        version=_package_version(),
+        torch=str(torch.__version__),
+        compiler=compiler,
+        cuda=cuda,
+        cuda_reason=cuda_reason,
+    )
+
+
+def compiler_command() -> str:
+    """The C++ compiler torch's builder will call."""
+    return os.environ.get("CXX", "c++")
+
+
+@functools.lru_cache
+def _version_line(command: str) -> str:
+    # CXX may carry arguments or a launcher ("ccache g++").
+    words = command.split()
+    if not words or shutil.which(words[0]) is None:
+        raise FastbconvBuildError(
+            f"no C++ compiler: {command!r} is not on PATH. Install one (g++ 11 or later, or clang) "
+            "or set CXX to its path"
+        )
+    run = subprocess.run([*words, "--version"], capture_output=True, text=True, check=False)
+    lines = (run.stdout or run.stderr).strip().splitlines()
+    if run.returncode != 0 or not lines:
+        raise FastbconvBuildError(f"the C++ compiler {command!r} fails at --version: {run.stderr}")
+    return lines[0]
+
+
+def compiler_version() -> str:
+    """First line of the compiler's ``--version``.
+
+    Raises:
+        FastbconvBuildError: There is none.
+    """
+    return _version_line(compiler_command())
+
+
+def _openmp_flags(compiler: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Flags to compile and to link with; empty where there is no OpenMP (the library is serial)."""
+    if sys.platform == "darwin" or ("clang" in compiler and not _accepts_openmp(compiler)):
+        return (), ()
+    import torch
+
+    # Two OpenMP runtimes in one process would be two thread pools, and torch.set_num_threads would
+    # reach only one. A wheel of torch may bundle libgomp under a name of its own: link that one.
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp-*.so*"))
+    if bundled and "clang" not in compiler:
+        return ("-fopenmp",), (f"-L{bundled[0].parent}", f"-l:{bundled[0].name}")
+    return ("-fopenmp",), ("-fopenmp",)
+
+
+@functools.lru_cache
+def _accepts_openmp(compiler: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        command = [*compiler_command().split(), "-fopenmp", str(source), "-o", f"{folder}/probe"]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _cuda_support(root: Path) -> tuple[bool, str]:
+    """Whether the CUDA kernels are built, and why (not)."""
+    import torch
+
+    if torch.version.cuda is None:
+        return False, f"torch {torch.__version__} is built without CUDA"
+    if not any(root.glob("cuda/*.cu")):
+        return False, "this version has no CUDA kernels"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        return False, "nvcc is not on PATH and CUDA_HOME has none"
+    run = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release (\d+)\.(\d+)", run.stdout)
+    if release is None:
+        return False, f"{nvcc} --version does not name a release"
+    if release[1] != torch.version.cuda.split(".")[0]:
+        return False, (
+            f"nvcc {release[1]}.{release[2]} and torch's CUDA {torch.version.cuda} "
+            "have different major versions"
+        )
+    return True, f"nvcc {release[1]}.{release[2]}"
+
+
+def _pybind11_folders() -> tuple[Path, ...]:
+    import torch
+
+    if (Path(torch.__file__).parent / "include" / "pybind11").is_dir():
+        return ()  # torch's own headers, already on its include path
+    import pybind11
+
+    return (Path(pybind11.get_include()),)
+
+
+def _package_version() -> str:
+    scope: dict[str, str] = {}
+    exec((Path(__file__).parent / "_version.py").read_text(), scope)
+    return scope["__version__"]
+
+
+def _usable_cpus() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _main(root: str, folder: str) -> None:
+    """The builder process: compile and exit. Started by ``_native``, which owns lock and cache."""
+    import signal
+    import threading
+
+    def die_with_parent() -> None:
+        # The parent holds the other end of our stdin. When it is gone, so is the lock it held, and
+        # the next builder must not meet our ninja in the same folder: end the whole group.
+        sys.stdin.buffer.read()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    build_spec(Path(root)).compile(Path(folder))
+    sys.stdout.flush()
+    os._exit(0)  # the watch above still reads stdin, and interpreter shutdown would wait for it
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

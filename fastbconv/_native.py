@@ -1,0 +1,304 @@
+"""Finds, builds and loads the native library ``fastbconv._C``.
+
+The order, decided once per process: the library built ahead of time, where it was compiled from the
+sources at hand for this torch; a library built earlier and kept in the cache; a new build into the
+cache; the pure-PyTorch reference, with one warning. Importing this module does none of it.
+
+Note [Build cache]. A build runs in its own process, in ``<cache>/work-<environment>-<source tree>``,
+where object files stay so that an edit recompiles little. The finished library is copied to
+``<cache>/<version>-torch<version>-<environment>-<sources>/`` and ``build.json`` is written last, by
+rename: a folder without it does not count. The whole is done under a lock file of ours, with a second
+look at the cache inside it. A killed build leaves a lock that the system has already released, object
+files that ninja checks again, and torch's own ``lock`` file, which is removed while holding ours.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from . import _build
+from ._build import BuildSpec, FastbconvBuildError, Settings
+
+__all__ = ["FastbconvBuildError", "build_info", "load"]
+
+_FULL_NAME = f"{__package__}.{_build.MODULE_NAME}"
+_KEPT_LIBRARIES = 8
+_OUTPUT_TAIL = 6000
+
+
+@dataclass
+class _State:
+    """What this process decided; filled once by :func:`load`."""
+
+    decided: bool = False
+    module: ModuleType | None = None
+    built: str = "reference"  # prebuilt, jit, reference
+    library: Path | None = None
+    attempts: list[str] = field(default_factory=list)
+
+
+_state = _State()
+_mutex = threading.RLock()
+
+
+def load() -> ModuleType | None:
+    """Loads the native library, building it if need be, and remembers the outcome.
+
+    Returns:
+        The module, or None where the reference implementation is to be used: by request
+        (``FASTBCONV_BACKEND=reference``), or because the library cannot be had, which warns once.
+
+    Raises:
+        FastbconvBuildError: ``FASTBCONV_BACKEND=native`` and the library cannot be had.
+        ValueError: An environment variable has a value that does not exist.
+    """
+    with _mutex:
+        if _state.decided:
+            if _state.module is None and _build.settings().backend == "native":
+                raise FastbconvBuildError(_explain(_state.attempts))
+            return _state.module
+        config = _build.settings()
+        if config.backend == "reference":
+            _state.attempts.append("not tried: FASTBCONV_BACKEND=reference")
+        else:
+            _find_library(config)
+        _state.decided = True
+        if _state.module is not None:
+            if config.isa is not None:
+                _state.module.limit_isa(config.isa)
+        elif config.backend == "native":
+            raise FastbconvBuildError(_explain(_state.attempts))
+        elif config.backend == "auto":
+            warnings.warn(
+                f"using the slow PyTorch reference. {_explain(_state.attempts)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return _state.module
+
+
+def build_info() -> dict[str, Any]:
+    """What is running: versions, compiler, instruction set, how the library was built, and where.
+
+    Loads the native library if that has not happened yet.
+
+    Returns:
+        A dict with ``version``, ``torch``, ``python``, ``compiler``, ``isa``, ``cuda`` (bool),
+        ``cuda_reason``, ``source_hash``, ``built`` (``'prebuilt'``, ``'jit'`` or ``'reference'``),
+        ``library`` (path or None), ``cache`` (folder), ``threads`` and ``attempts`` (what was tried and
+        did not work).
+    """
+    import torch
+
+    module = load()
+    info: dict[str, Any] = {
+        "version": _build._package_version(),
+        "torch": str(torch.__version__),
+        "python": sys.version.split()[0],
+        "compiler": None,
+        "isa": None,
+        "cuda": False,
+        "cuda_reason": "no native library",
+        "source_hash": None,
+    }
+    if module is not None:
+        info["cuda_reason"] = _build._cuda_support(_build.source_root() or Path())[1]
+        info.update(module.build_info())
+        info["cuda"] = bool(info["cuda"])
+    info.update(
+        built=_state.built,
+        library=None if _state.library is None else str(_state.library),
+        cache=str(_build.settings().cache),
+        threads=torch.get_num_threads(),
+        attempts=list(_state.attempts),
+    )
+    return info
+
+
+def _explain(attempts: list[str]) -> str:
+    tried = "\n".join(f"  - {attempt}" for attempt in attempts)
+    return (
+        f"fastbconv has no native library. Tried:\n{tried}\n"
+        "To have it: install a C++ compiler and ninja (pip install ninja) and start again, or run "
+        "'python -m fastbconv env' to see the whole story. FASTBCONV_BACKEND=reference asks for the "
+        "reference without this message."
+    )
+
+
+def _find_library(config: Settings) -> None:
+    """Fills the state from the first source that works; notes what the others said."""
+    try:
+        spec: BuildSpec | None = _build.build_spec()
+    except FastbconvBuildError as error:
+        spec, problem = None, str(error)
+    for kind in ("prebuilt", "jit"):
+        try:
+            if kind == "prebuilt":
+                library = _prebuilt(spec)
+            elif spec is None:
+                raise FastbconvBuildError(problem)
+            else:
+                library = ensure_built(spec, config.cache)
+            if library is None:
+                continue
+            _state.module = _import(library)
+        except (FastbconvBuildError, ImportError, OSError) as error:
+            _state.attempts.append(f"{kind}: {error}")
+        else:
+            _state.built, _state.library = kind, library
+            return
+
+
+def _prebuilt(spec: BuildSpec | None) -> Path | None:
+    """The library in the package, if it was built from these sources for this torch."""
+    import torch
+
+    found = importlib.util.find_spec(_FULL_NAME)
+    if found is None or found.origin is None:
+        return None
+    library = Path(found.origin)
+    stamp = _build.read_stamp(library)
+    if stamp is None:
+        raise FastbconvBuildError(f"{library} carries no build stamp")
+    if stamp["torch"] != str(torch.__version__):
+        raise FastbconvBuildError(
+            f"{library} is built for torch {stamp['torch']}, and this is torch {torch.__version__}: "
+            "install fastbconv again"
+        )
+    root = _build.source_root()
+    expected = spec.source_hash if spec else root and _build.source_hash(root)
+    if expected is not None and stamp["source_hash"] != expected:
+        raise FastbconvBuildError(
+            f"{library} is built from other sources ({stamp['source_hash']}, expected {expected})"
+        )
+    return library
+
+
+def _import(library: Path) -> ModuleType:
+    """Imports a library as ``fastbconv._C``, wherever it lies."""
+    if _FULL_NAME in sys.modules:
+        return sys.modules[_FULL_NAME]
+    import torch  # noqa: F401  the library needs torch's symbols
+
+    spec = importlib.util.spec_from_file_location(
+        _FULL_NAME, library, loader=importlib.machinery.ExtensionFileLoader(_FULL_NAME, str(library))
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[_FULL_NAME] = module
+    setattr(sys.modules[__package__], _build.MODULE_NAME, module)
+    return module
+
+
+def ensure_built(spec: BuildSpec, cache: Path) -> Path:
+    """The finished library of ``spec`` in ``cache``, compiled now if it is not there.
+
+    Safe against other processes that want the same, and against earlier ones that were killed.
+
+    Raises:
+        FastbconvBuildError: A tool is missing, the compiler failed, or the cache cannot be written.
+    """
+    folder = cache / spec.key
+    library = folder / f"{_build.MODULE_NAME}.so"
+    record = folder / "build.json"
+    if record.exists():
+        return library
+    import filelock
+
+    work = cache / spec.work_key
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{work}.lock"):
+            if not record.exists():
+                _compile(spec, work)
+                _publish(spec, work / library.name, folder)
+    except OSError as error:
+        raise FastbconvBuildError(
+            f"cannot write the build cache {cache}: {error}. Set FASTBCONV_CACHE to another folder"
+        ) from error
+    return library
+
+
+def _compile(spec: BuildSpec, work: Path) -> None:
+    """Runs the builder in a process group of its own, inside ``work``."""
+    work.mkdir(exist_ok=True)
+    (work / "lock").unlink(missing_ok=True)  # of a killed builder: torch would wait for it for ever
+    environment = dict(os.environ)
+    # ninja is a dependency of ours: its program lies beside the interpreter, on PATH or not.
+    environment["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]
+    )
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    if shutil.which("ninja", path=environment["PATH"]) is None:
+        raise FastbconvBuildError("ninja is not on PATH: pip install ninja")
+    print("fastbconv: compiling the native library (about a minute, once)", file=sys.stderr)
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    builder = subprocess.Popen(
+        [sys.executable, "-c", code, _build.__file__, str(spec.root), str(work)],
+        stdin=subprocess.PIPE,  # never written: its end tells the builder that we are gone
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=work,
+        env=environment,
+        start_new_session=True,
+    )
+    assert builder.stdout is not None
+    try:
+        output = builder.stdout.read()
+        status = builder.wait()
+    finally:
+        # Whatever ended the wait, nothing may go on writing here once the lock is released.
+        try:
+            os.killpg(builder.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        builder.wait()
+    if status != 0:
+        raise FastbconvBuildError(
+            f"compiling in {work} failed with status {status}:\n{output[-_OUTPUT_TAIL:]}"
+        )
+
+
+def _publish(spec: BuildSpec, built: Path, folder: Path) -> None:
+    """Copies the library to its own folder; the record comes last and makes it count."""
+    folder.mkdir(exist_ok=True)
+    _replace(folder / built.name, built.read_bytes())
+    record = {
+        "source_hash": spec.source_hash,
+        "torch": spec.torch,
+        "compiler": spec.compiler,
+        "flags": [*spec.cxx_flags, *spec.nvcc_flags, *spec.link_flags],
+        "cuda": spec.cuda_reason,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    _replace(folder / "build.json", json.dumps(record, indent=1).encode())
+    finished = sorted(folder.parent.glob("*/build.json"), key=lambda path: path.stat().st_mtime)
+    for old in finished[:-_KEPT_LIBRARIES]:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file that is either absent or whole, even after a power cut."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(scratch, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
