@@ -1,0 +1,56 @@
+// Every operator of the library on one page. The schemas are frozen: later work registers kernels for
+// more keys and algorithms, it does not change a line here. fastbconv/ops.py quotes them, with what
+// each argument means.
+#include <torch/library.h>
+
+TORCH_LIBRARY(fastbconv, m) {
+  m.set_python_module("fastbconv.ops");  // holds the fakes
+
+  m.def(
+      "bconv2d(Tensor input, Tensor weight_loc, Tensor? weight_rho, Tensor? bias_loc, "
+      "Tensor? bias_rho, Tensor seed, Tensor? prior_loc, Tensor? prior_scale, "
+      "Tensor? bias_prior_loc, Tensor? bias_prior_scale, *, float[] prior, bool weight_kl, "
+      "bool bias_kl, float scale_floor, int[] stride, int[] padding, int[] dilation, int groups, "
+      "int activation, float activation_param, int num_samples, bool share_input, int offset_add, "
+      "int[] element_offset, int algorithm, bool keep_weight, bool save_pre_activation) "
+      "-> (Tensor output, Tensor kl, Tensor pre_activation, Tensor weight)");
+
+  m.def(
+      "bconv2d_backward(Tensor grad_output, Tensor? grad_kl, Tensor input, Tensor? saved, "
+      "Tensor? weight, Tensor weight_loc, Tensor? weight_rho, Tensor? bias_loc, Tensor? bias_rho, "
+      "Tensor seed, Tensor? prior_loc, Tensor? prior_scale, Tensor? bias_prior_loc, "
+      "Tensor? bias_prior_scale, *, float[] prior, bool weight_kl, bool bias_kl, "
+      "float scale_floor, int[] stride, int[] padding, int[] dilation, int groups, "
+      "int activation, float activation_param, int num_samples, bool share_input, int offset_add, "
+      "int[] element_offset, int algorithm, bool[] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_weight_loc, Tensor grad_weight_rho, "
+      "Tensor grad_bias_loc, Tensor grad_bias_rho, Tensor grad_prior_loc, "
+      "Tensor grad_prior_scale, Tensor grad_bias_prior_loc, Tensor grad_bias_prior_scale)");
+
+  m.def(
+      "sample_posterior(Tensor loc, Tensor? rho, Tensor seed, Tensor? prior_loc, "
+      "Tensor? prior_scale, *, float[] prior, bool with_kl, float scale_floor, int stream, "
+      "int num_samples, int offset_add, int element_offset, ScalarType? dtype) "
+      "-> (Tensor sample, Tensor kl)");
+
+  m.def(
+      "sample_posterior_backward(Tensor? grad_sample, Tensor? grad_kl, Tensor loc, Tensor? rho, "
+      "Tensor seed, Tensor? prior_loc, Tensor? prior_scale, *, float[] prior, float scale_floor, "
+      "int stream, int num_samples, int offset_add, int element_offset, bool[] output_mask) "
+      "-> (Tensor grad_loc, Tensor grad_rho, Tensor grad_prior_loc, Tensor grad_prior_scale)");
+
+  m.def(
+      "kl_normal(Tensor loc, Tensor rho, Tensor? prior_loc, Tensor? prior_scale, *, "
+      "float[] prior, float scale_floor) -> Tensor");
+
+  m.def(
+      "kl_normal_backward(Tensor grad_kl, Tensor loc, Tensor rho, Tensor? prior_loc, "
+      "Tensor? prior_scale, *, float[] prior, float scale_floor, bool[] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+
+  m.def(
+      "standard_normal(Tensor seed, SymInt numel, *, int stream, int sample, int element_offset) "
+      "-> Tensor");
+
+  m.def("philox4x32_10(Tensor counter, Tensor key) -> Tensor");
+}
