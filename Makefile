@@ -17,6 +17,7 @@ PY := $(VENV)/bin/python
 # torch is held at what is installed: nothing that is installed later may bring another one.
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PINNED := $(PIP) --constraint $(VENV)/torch.txt
+COMMA := ,
 SETTINGS := pyproject.toml setup.py
 
 .PHONY: help train test bench lint format build clean distclean
@@ -69,7 +70,7 @@ $(VENV)/torch.txt:
 	    $(PYTHON) -m venv $(VENV)
 	    $(PIP) '$(TORCH)'
 	fi
-	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $@
+	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
 
 # An editable install without compiling: the library is built at first use, by ninja, which
 # recompiles only what changed. Each stamp holds one set of extras.
@@ -86,7 +87,7 @@ $(VENV)/train.stamp: $(VENV)/base.stamp
 	$(call INSTALL,[train])
 
 $(VENV)/test.stamp: $(VENV)/base.stamp
-	$(call INSTALL,[train,test])
+	$(call INSTALL,[train$(COMMA)test])
 
 $(VENV)/bench.stamp: $(VENV)/base.stamp
 	$(call INSTALL,[bench])

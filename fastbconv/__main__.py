@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 _USAGE = """usage: python -m fastbconv COMMAND [options]
@@ -17,7 +18,9 @@ def env() -> int:
     """Prints what is running; compiles the native library if it is not there yet."""
     from . import _native
 
-    info = _native.build_info()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the table below says it too
+        info = _native.build_info()
     attempts = info.pop("attempts")
     # A CPU build is the rule, so the reason stands beside the answer instead of in a row of its own.
     info["cuda"] = f"{'yes' if info['cuda'] else 'no'} ({info.pop('cuda_reason')})"

@@ -226,6 +226,8 @@ def ensure_built(spec: BuildSpec, cache: Path) -> Path:
         with filelock.FileLock(f"{work}.lock"):
             if not record.exists():
                 _compile(spec, work)
+                if _build.source_hash(spec.root) != spec.source_hash:
+                    raise FastbconvBuildError("the sources changed while compiling: start again")
                 _publish(spec, work / library.name, folder)
     except OSError as error:
         raise FastbconvBuildError(
@@ -247,7 +249,7 @@ def _compile(spec: BuildSpec, work: Path) -> None:
     if shutil.which("ninja", path=environment["PATH"]) is None:
         raise FastbconvBuildError("ninja is not on PATH: pip install ninja")
     print("fastbconv: compiling the native library (about a minute, once)", file=sys.stderr)
-    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     builder = subprocess.Popen(
         [sys.executable, "-c", code, _build.__file__, str(spec.root), str(work)],
         stdin=subprocess.PIPE,  # never written: its end tells the builder that we are gone
