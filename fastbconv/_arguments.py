@@ -1,0 +1,276 @@
+"""Checks and normal forms of what users pass. Every message says name, expected, got."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+IntPair = int | Sequence[int]
+PaddingLike = str | int | Sequence[int] | Sequence[Sequence[int]]
+Padding = Literal["same"] | tuple[int, int, int, int]
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def integer(name: str, value: object, minimum: int) -> int:
+    """``value`` as an int of at least ``minimum``; anything with __index__ except bool is one."""
+    if type(value) is not int:
+        if isinstance(value, (bool, float, str)) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name}: expected an integer, got {type(value).__name__}: {value!r}")
+        if not isinstance(value, torch.SymInt):
+            value = value.__index__()
+    if value < minimum:
+        kind = "a positive" if minimum == 1 else "a non-negative"
+        raise ValueError(f"{name}: expected {kind} integer, got {value}")
+    return value
+
+
+def pair(name: str, value: IntPair, minimum: int = 1) -> tuple[int, int]:
+    """An int or two ints as (height, width)."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != 2:
+            raise ValueError(f"{name}: expected an integer or a pair, got {tuple(value)}")
+        return integer(name, value[0], minimum), integer(name, value[1], minimum)
+    single = integer(name, value, minimum)
+    return single, single
+
+
+def padding_form(padding: PaddingLike) -> Padding:
+    """'same', or zeros on (top, bottom, left, right).
+
+    Args:
+        padding: 'valid', 'same', an int, (height, width), or ((top, bottom), (left, right)).
+    """
+    if isinstance(padding, str):
+        if padding == "same":
+            return "same"
+        if padding == "valid":
+            return (0, 0, 0, 0)
+        raise ValueError(
+            "padding: expected 'valid', 'same', an integer, a pair or ((top, bottom), "
+            f"(left, right)), got {padding!r}"
+        )
+    if isinstance(padding, Sequence) and any(isinstance(side, Sequence) for side in padding):
+        if len(padding) != 2 or not all(isinstance(s, Sequence) and len(s) == 2 for s in padding):
+            raise ValueError(f"padding: expected ((top, bottom), (left, right)), got {padding!r}")
+        top, bottom = pair("padding", padding[0], 0)
+        left, right = pair("padding", padding[1], 0)
+        return (top, bottom, left, right)
+    height, width = pair("padding", padding, 0)
+    return (height, height, width, width)
+
+
+def same_padding(extent: int, filter: int, stride: int, dilation: int) -> tuple[int, int]:
+    """TensorFlow's 'same' for one axis: ceil(extent / stride) outputs, the odd zero at the end."""
+    outputs = (extent + stride - 1) // stride
+    total = max((outputs - 1) * stride + (filter - 1) * dilation + 1 - extent, 0)
+    return total // 2, total - total // 2
+
+
+def resolve_padding(
+    padding: Padding,
+    extent: tuple[int, int],
+    filter: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a call."""
+    if padding != "same":
+        return padding
+    rows = same_padding(extent[0], filter[0], stride[0], dilation[0])
+    columns = same_padding(extent[1], filter[1], stride[1], dilation[1])
+    return (*rows, *columns)
+
+
+def tensor(name: str, value: object) -> Tensor:
+    """``value`` itself, when it is a floating-point tensor of a supported dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}"
+        )
+    return value
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int]) -> None:
+    """Raises unless the shape is exactly this."""
+    if value.shape != tuple(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(value.shape)}")
+
+
+def device(name: str, value: Tensor, like: Tensor) -> None:
+    """Raises unless both tensors are on one device."""
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} of the input, got {value.device}")
+
+
+class _Warned:
+    low_precision = False
+
+
+def wide_parameter(value: Tensor) -> Tensor:
+    """A bfloat16 or float16 parameter as float32, differentiably; others as they are."""
+    if value.dtype not in LOW_PRECISION:
+        return value
+    if value.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _warn_low_precision(value.dtype)
+    return value.to(torch.float32)
+
+
+def _warn_low_precision(dtype: torch.dtype) -> None:
+    if _Warned.low_precision:
+        return
+    _Warned.low_precision = True
+    warnings.warn(
+        f"training {dtype} posterior parameters: an optimiser's steps are mostly below their "
+        "resolution, so that rho hardly moves; keep the parameters in float32 and run the model "
+        "under torch.autocast",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
+def posterior(name: str, loc: Tensor, rho: Tensor | None, input: Tensor) -> None:
+    """Checks one posterior against itself and the input: types, shapes, devices."""
+    tensor(name, loc)
+    device(name, loc, input)
+    if rho is not None:
+        tensor(f"{name}_rho", rho)
+        shape(f"{name}_rho", rho, loc.shape)
+        device(f"{name}_rho", rho, input)
+        if rho.dtype != loc.dtype:
+            raise TypeError(f"{name}_rho: expected {loc.dtype} of {name}, got {rho.dtype}")
+
+
+def dtypes(input: Tensor, name: str, parameter: Tensor) -> None:
+    """float64 goes with float64 only; every other mix computes in the input's dtype."""
+    if (input.dtype == torch.float64) != (parameter.dtype == torch.float64):
+        raise TypeError(
+            f"{name}: expected {'float64' if input.dtype == torch.float64 else 'float32'} to go "
+            f"with an input of {input.dtype}, got {parameter.dtype}; convert one of them, for "
+            "example with module.to(input.dtype) or input.to(torch.float32)"
+        )
+
+
+def prior_shape(name: str, value: Tensor, parameter: Tensor) -> None:
+    """Raises unless a prior tensor broadcasts to the parameter."""
+    trailing = zip(reversed(value.shape), reversed(parameter.shape), strict=False)
+    if value.ndim > parameter.ndim or any(have not in (1, want) for have, want in trailing):
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {tuple(parameter.shape)}, got "
+            f"{tuple(value.shape)}"
+        )
+
+
+def prior_tensor(name: str, value: Tensor, parameter: Tensor) -> Tensor:
+    """A prior tensor in the dtype of the parameter that it broadcasts to."""
+    device(name, value, parameter)
+    prior_shape(name, value, parameter)
+    return value.to(parameter.dtype)
+
+
+# --- whole calls ----------------------------------------------------------------------------------
+
+
+def batched_image(input: Tensor, num_samples: int) -> tuple[Tensor, bool]:
+    tensor("input", input)
+    if input.ndim == 4:
+        return input, False
+    if input.ndim != 3:
+        raise ValueError(
+            f"input: expected shape (N, C, H, W) or (C, H, W), got {tuple(input.shape)}"
+        )
+    if num_samples != 1:
+        raise ValueError(f"num_samples: expected 1 for an input without batch, got {num_samples}")
+    return input.unsqueeze(0), True
+
+
+def conv_tensors(
+    input: Tensor,
+    weight: Tensor,
+    weight_rho: Tensor | None,
+    bias: Tensor | None,
+    bias_rho: Tensor | None,
+    groups: int,
+) -> None:
+    posterior("weight", weight, weight_rho, input)
+    groups = integer("groups", groups, 1)
+    if weight.ndim != 4:
+        raise ValueError(f"weight: expected shape (K, C / groups, R, S), got {tuple(weight.shape)}")
+    if 0 in weight.shape:
+        raise ValueError(f"weight: expected no empty dimension, got {tuple(weight.shape)}")
+    if weight.shape[0] % groups != 0:
+        raise ValueError(
+            f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}"
+        )
+    if input.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"input: expected {weight.shape[1] * groups} channels (weight {tuple(weight.shape)}, "
+            f"groups {groups}), got {input.shape[1]}"
+        )
+    _check_bias(weight, bias, bias_rho, input)
+
+
+def linear_tensors(
+    input: Tensor,
+    weight: Tensor,
+    weight_rho: Tensor | None,
+    bias: Tensor | None,
+    bias_rho: Tensor | None,
+) -> None:
+    posterior("weight", weight, weight_rho, input)
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}"
+        )
+    if input.ndim == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input: expected shape (..., {weight.shape[1]}), got {tuple(input.shape)}"
+        )
+    _check_bias(weight, bias, bias_rho, input)
+
+
+def _check_bias(
+    weight: Tensor, bias: Tensor | None, bias_rho: Tensor | None, input: Tensor
+) -> None:
+    if bias is None:
+        if bias_rho is not None:
+            raise ValueError("bias_rho: expected None without a bias, got a tensor")
+        return
+    posterior("bias", bias, bias_rho, input)
+    shape("bias", bias, (weight.shape[0],))
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"bias: expected {weight.dtype} of the weight, got {bias.dtype}")
+
+
+def rows(input: Tensor, num_samples: int) -> None:
+    integer("num_samples", num_samples, 1)
+    if input.shape[0] % num_samples != 0:
+        raise ValueError(
+            f"num_samples: expected a divisor of the {input.shape[0]} input rows, got "
+            f"{num_samples}; share_input=True lets every draw read all rows"
+        )
+
+
+def extents(
+    extent: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    filter: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None:
+    """A filter may just fail to fit (an empty output); beyond that there is no output at all."""
+    for axis in (0, 1):
+        padded = extent[axis] + padding[2 * axis] + padding[2 * axis + 1]
+        span = (filter[axis] - 1) * dilation[axis] + 1
+        if padded - span + stride[axis] < 0:
+            raise ValueError(
+                f"input: expected a padded size of at least {span - stride[axis]} for a filter of "
+                f"{filter[axis]} with dilation {dilation[axis]}, got {padded}"
+            )

@@ -1,0 +1,154 @@
+"""The one call behind every layer: checked arguments to the operator, or to the reference."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _arguments, activations, kl, noise, reference, selection
+from .kl import NormalPrior, Prior
+
+
+def run(
+    input: Tensor,
+    posterior: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    priors: tuple[Prior | None, Prior | None],
+    resolved: activations.Resolved,
+    source: tuple[int | Tensor | None, torch.Generator | None],
+    *,
+    num_samples: int,
+    share_input: bool,
+    return_kl: bool,
+    scale_floor: float | None,
+    element_offset: tuple[int, int],
+    **convolution: Any,
+) -> tuple[Tensor, Tensor]:
+    """Checked arguments -> output and KL, by the operator or by the reference."""
+    _arguments.integer("num_samples", num_samples, 1)
+    if not share_input:
+        _arguments.rows(input, num_samples)
+    weight, weight_rho, bias, bias_rho = (
+        None if value is None else _arguments.wide_parameter(value) for value in posterior
+    )
+    _arguments.dtypes(input, "weight", weight)
+    noisy = weight_rho is not None or (bias is not None and bias_rho is not None)
+    seed, offset_add = _seed(source, noisy, input.device)
+    floor = floor_of(scale_floor, weight)
+    wanted = tuple(
+        prior if return_kl and rho is not None else None
+        for prior, rho in zip(priors, (weight_rho, bias_rho), strict=True)
+    )
+    closed = [isinstance(prior, NormalPrior) for prior in wanted]
+    weight_numbers, weight_tensors = split_prior(wanted[0], weight, "prior")
+    bias_numbers, bias_tensors = split_prior(wanted[1], bias, "bias_prior")
+    output, total, _, _ = backend(input).bconv2d(
+        input,
+        weight,
+        weight_rho,
+        bias,
+        bias_rho,
+        seed,
+        *weight_tensors,
+        *bias_tensors,
+        prior=(*weight_numbers, *bias_numbers),
+        weight_kl=closed[0],
+        bias_kl=closed[1],
+        scale_floor=floor,
+        activation=resolved.id,
+        activation_param=resolved.param,
+        num_samples=num_samples,
+        share_input=share_input,
+        offset_add=offset_add,
+        element_offset=element_offset,
+        algorithm=selection.ALGORITHM_ID[selection.CHOICE.name],
+        keep_weight=selection.CHOICE.keep_weight,
+        save_pre_activation=False,
+        **convolution,
+    )
+    if wanted[0] is not None and not closed[0]:
+        draw = (seed, offset_add, element_offset[0], "weight", num_samples)
+        total = total + monte_carlo_kl(wanted[0], weight, weight_rho, floor, draw)
+    if wanted[1] is not None and not closed[1]:
+        draw = (seed, offset_add, element_offset[1], "bias", num_samples)
+        total = total + monte_carlo_kl(wanted[1], bias, bias_rho, floor, draw)
+    return output, total
+
+
+def monte_carlo_kl(
+    prior: Prior,
+    loc: Tensor,
+    rho: Tensor,
+    scale_floor: float,
+    draw: tuple[Tensor, int, int, str, int],
+) -> Tensor:
+    """Mean over draws of log q(w) - log p(w); the draws are made again from their address.
+
+    Args:
+        prior: any prior with a log density.
+        loc: posterior mean.
+        rho: untransformed scale.
+        scale_floor: added to softplus(rho).
+        draw: (seed, number of the first draw, first element, stream, number of draws).
+    """
+    seed, first, element_offset, stream, num_samples = draw
+    total = loc.new_zeros(())
+    for s in range(num_samples):
+        eps = noise.mirror_weight_eps(
+            seed,
+            loc.shape,
+            first + s,
+            stream=noise.STREAMS[stream],
+            element_offset=element_offset,
+        )
+        total = total + kl.kl_of_sample(prior, loc, rho, eps.to(loc.dtype), scale_floor)
+    return total / num_samples
+
+
+def backend(tensor: Tensor) -> ModuleType:
+    if not selection.use_native(tensor):
+        return reference
+    from . import ops
+
+    return ops
+
+
+def _seed(
+    source: tuple[int | Tensor | None, torch.Generator | None], noisy: bool, device: torch.device
+) -> tuple[Tensor, int]:
+    """The seed tensor, and what moves the draws of this rank: drawn seeds only."""
+    seed, generator = source
+    if seed is not None:
+        if generator is not None:
+            raise ValueError("generator: expected None where a seed is given, got a generator")
+        return noise.seed_tensor(seed, device), 0
+    if not noisy:  # a point mass reads no noise: leave the generator alone
+        return torch.zeros(2, dtype=torch.int64, device=device), 0
+    return noise.draw_seed(generator, device), noise.rank_offset()
+
+
+def floor_of(scale_floor: float | None, loc: Tensor) -> float:
+    if scale_floor is None:
+        return kl.default_scale_floor(loc.dtype)
+    if not scale_floor > 0.0:
+        raise ValueError(f"scale_floor: expected a positive number, got {scale_floor}")
+    return scale_floor
+
+
+def split_prior(
+    prior: Prior | None, parameter: Tensor | None, name: str
+) -> tuple[tuple[float, float], tuple[Tensor | None, Tensor | None]]:
+    """A prior as the operators take it: two numbers, and two tensors that replace them."""
+    if not isinstance(prior, NormalPrior) or parameter is None:
+        return (0.0, 1.0), (None, None)
+    numbers, tensors = [], []
+    for part, value, default in (("loc", prior.loc, 0.0), ("scale", prior.scale, 1.0)):
+        if isinstance(value, Tensor):
+            tensors.append(_arguments.prior_tensor(f"{name} {part}", value, parameter))
+            numbers.append(default)
+        else:
+            tensors.append(None)
+            numbers.append(value)
+    return tuple(numbers), tuple(tensors)

@@ -1,0 +1,277 @@
+"""What every layer of the torch face shares: posterior parameters, priors, KL, whole-model contexts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import _arguments, _call, activations, functional, noise
+from .. import kl as _kl
+from ..contexts import LayerContext
+
+EvalMode = Literal["sample", "mean"]
+ESTIMATORS = ("reparameterization",)
+INITIAL_SCALE = 0.1  # times 1 / sqrt(fan_in)
+
+
+def rho_from_scale(scale: float, scale_floor: float) -> float:
+    """The rho with floor + softplus(rho) = scale."""
+    return math.log(math.expm1(max(scale - scale_floor, 1e-30)))
+
+
+class BayesLayer(nn.Module):
+    """Mixin of the torch face's layers. A subclass has ``weight`` and ``bias``, and calls
+    ``_init_posterior`` once they exist.
+
+    Attributes:
+        weight_rho: untransformed scale of the weight: scale = floor + softplus(rho).
+        bias_rho: untransformed scale of the bias; None: the bias is a point mass.
+        estimator: "reparameterization".
+        eval_mode: "sample", or "mean": no noise while ``training`` is False.
+    """
+
+    is_bayesian = True
+    weight: nn.Parameter
+    weight_rho: nn.Parameter
+    bias: nn.Parameter | None
+    bias_rho: nn.Parameter | None
+    _fb_context: LayerContext | None
+    _last_draw: tuple[Tensor, int] | None
+
+    def _init_options(
+        self,
+        activation: functional.ActivationLike,
+        estimator: str,
+        eval_mode: str,
+    ) -> None:
+        """Checks the keyword-only options; called after nn.Module is set up."""
+        if estimator not in ESTIMATORS:
+            known = {"flipout", "local"}
+            kind = NotImplementedError if estimator in known else ValueError
+            raise kind(
+                f"estimator: expected {' or '.join(map(repr, ESTIMATORS))}, the estimator that "
+                f"exists, got {estimator!r}"
+            )
+        if eval_mode not in ("sample", "mean"):
+            raise ValueError(f"eval_mode: expected 'sample' or 'mean', got {eval_mode!r}")
+        activations.resolve(activation)  # an unknown name fails here, not at the first call
+        self.activation = activation
+        self.estimator = estimator
+        self.eval_mode = eval_mode
+        self._fb_context = None
+        self._last_draw = None
+
+    def _init_posterior(self, prior: _kl.PriorLike, bayesian_bias: bool) -> None:
+        """Adds the scales and the prior, and gives them their first values."""
+        self.weight_rho = nn.Parameter(torch.empty_like(self.weight))
+        if bayesian_bias and self.bias is None:
+            raise ValueError("bayesian_bias: expected False with bias=False, got True")
+        if bayesian_bias:
+            self.bias_rho = nn.Parameter(torch.empty_like(self.bias))
+        else:
+            self.register_parameter("bias_rho", None)
+        self._init_prior(prior, bayesian_bias)
+        self._reset_rho()
+
+    def _init_prior(self, prior: _kl.PriorLike, bayesian_bias: bool) -> None:
+        """Floats stay attributes, tensors become buffers (saved), Parameters are trained."""
+        resolved = _kl.resolve_prior(prior)
+        self._prior = resolved
+        if isinstance(resolved, _kl.DistributionPrior) and isinstance(resolved.factory, nn.Module):
+            self.prior_module = resolved.factory  # its parameters are trained with the layer's
+        if not isinstance(resolved, _kl.NormalPrior):
+            return
+        for part, value in (("loc", resolved.loc), ("scale", resolved.scale)):
+            if not isinstance(value, Tensor):
+                continue
+            self._check_prior_tensor(part, value, bayesian_bias)
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(f"prior_{part}", value)
+            else:
+                like = {"device": self.weight.device, "dtype": self.weight.dtype}
+                self.register_buffer(f"prior_{part}", value.detach().clone().to(**like))
+        # The tensors live in the module only, so that .to() and load_state_dict() reach the prior.
+        self._prior = _kl.NormalPrior(
+            *(None if isinstance(v, Tensor) else v for v in (resolved.loc, resolved.scale))
+        )
+
+    def _check_prior_tensor(self, part: str, value: Tensor, bayesian_bias: bool) -> None:
+        _arguments.prior_shape(f"prior {part}", value, self.weight)
+        if bayesian_bias and value.numel() != 1:
+            raise ValueError(
+                f"prior {part}: expected a number or one element with bayesian_bias=True, since it "
+                f"serves weight and bias, got shape {tuple(value.shape)}"
+            )
+        if part == "scale" and value.device.type != "meta" and not bool((value > 0).all()):
+            raise ValueError(f"prior scale: expected positive values, got {value.min().item()}")
+
+    @property
+    def prior(self) -> _kl.Prior | None:
+        """The prior of the weight, and of the bias where that is Bayesian; None: no KL."""
+        if not isinstance(self._prior, _kl.NormalPrior):
+            return self._prior
+        loc, scale = self._prior.loc, self._prior.scale
+        return _kl.NormalPrior(
+            self.prior_loc if loc is None else loc, self.prior_scale if scale is None else scale
+        )
+
+    def _bias_prior(self) -> _kl.Prior | None:
+        """The prior as the bias takes it: one-element tensors without the weight's dimensions."""
+        prior = self.prior
+        if self.bias_rho is None or not isinstance(prior, _kl.NormalPrior):
+            return None if self.bias_rho is None else prior
+        loc, scale = prior.loc, prior.scale
+        return _kl.NormalPrior(
+            loc.reshape(()) if isinstance(loc, Tensor) else loc,
+            scale.reshape(()) if isinstance(scale, Tensor) else scale,
+        )
+
+    def reset_parameters(self) -> None:
+        """loc as in torch.nn, scale 0.1 / sqrt(fan_in)."""
+        super().reset_parameters()
+        if getattr(self, "weight_rho", None) is not None:
+            self._reset_rho()
+
+    def _reset_rho(self) -> None:
+        fan_in = math.prod(self.weight.shape[1:])
+        floor = _kl.default_scale_floor(self.weight.dtype)
+        rho = rho_from_scale(INITIAL_SCALE / math.sqrt(max(fan_in, 1)), floor)
+        with torch.no_grad():
+            self.weight_rho.fill_(rho)
+            if self.bias_rho is not None:
+                self.bias_rho.fill_(rho)
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """Posterior standard deviation of the weight: floor + softplus(weight_rho)."""
+        floor = _kl.default_scale_floor(self.weight_rho.dtype)
+        return _kl.posterior_scale(self.weight_rho, floor)
+
+    @property
+    def bias_scale(self) -> Tensor | None:
+        """Posterior standard deviation of the bias, or None for a point mass."""
+        if self.bias_rho is None:
+            return None
+        return _kl.posterior_scale(self.bias_rho, _kl.default_scale_floor(self.bias_rho.dtype))
+
+    def kl_loss(self) -> Tensor:
+        """KL(posterior || prior) of weight and bias: a sum in nats, divided by nothing; 0-dim.
+
+        Computed from the parameters at each call. A prior without a closed form gives the
+        Monte-Carlo KL of the weights of the last forward pass, made again from its seed.
+        """
+        prior = self.prior
+        if prior is None:
+            return self.weight.new_zeros((), dtype=_kl.kl_dtype(self.weight.dtype))
+        if not isinstance(prior, _kl.NormalPrior):
+            return self._sampled_kl(prior)
+        total = functional.kl_normal(self.weight, self.weight_rho, prior)
+        if self.bias_rho is not None:
+            total = total + functional.kl_normal(self.bias, self.bias_rho, self._bias_prior())
+        return total
+
+    def _sampled_kl(self, prior: _kl.Prior) -> Tensor:
+        device = self.weight.device
+        seed, num_samples = self._last_draw or (_rank_seed(None, device), 1)
+        seed, floor = seed.to(device), _kl.default_scale_floor(self.weight.dtype)
+        weight, rho = map(_arguments.wide_parameter, (self.weight, self.weight_rho))
+        draw = (seed, 0, 0, "weight", num_samples)
+        total = _call.monte_carlo_kl(prior, weight, rho, floor, draw)
+        if self.bias_rho is not None:
+            bias, rho = map(_arguments.wide_parameter, (self.bias, self.bias_rho))
+            draw = (seed, 0, 0, "bias", num_samples)
+            total = total + _call.monte_carlo_kl(prior, bias, rho, floor, draw)
+        return total
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """The KL as a list of one scalar; empty without a prior."""
+        return [] if self.prior is None else [self.kl_loss()]
+
+    def _call(
+        self,
+        function: Any,
+        input: Tensor,
+        seed: int | Tensor | None,
+        generator: torch.Generator | None,
+        num_samples: int,
+        share_input: bool,
+        **arguments: Any,
+    ) -> Tensor:
+        """One forward pass through ``function``, under the layer's context."""
+        context = self._fb_context
+        mean = self.eval_mode == "mean" and not self.training and seed is None
+        if context is not None and seed is None:
+            mean = mean or context.mode == "mean"
+            seed, mean = (context.seed, False) if context.mode == "seed" else (seed, mean)
+        prior = self.prior
+        wants_kl = context is not None and context.wants_kl
+        if self._samples_prior and not mean:
+            # The KL of the weights in use needs the seed of this pass afterwards.
+            if seed is None:
+                seed, generator = _rank_seed(generator, input.device), None
+            seed = noise.seed_tensor(seed, input.device)
+            self._last_draw = (seed.detach(), num_samples)
+        output = function(
+            input,
+            self.weight,
+            None if mean else self.weight_rho,
+            self.bias,
+            None if mean else self.bias_rho,
+            activation=self.activation,
+            prior=prior,
+            bias_prior=self._bias_prior(),
+            num_samples=num_samples,
+            share_input=share_input,
+            seed=seed,
+            generator=generator,
+            return_kl=wants_kl and not mean,
+            **arguments,
+        )
+        if not wants_kl:
+            return output
+        output, kl = (output, self.kl_loss()) if mean else output
+        context.record(kl)
+        return output
+
+    @property
+    def _samples_prior(self) -> bool:
+        return self._prior is not None and not isinstance(self._prior, _kl.NormalPrior)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The module without what belongs to the process: contexts and the last seed."""
+        state = self.__dict__.copy()
+        state["_fb_context"] = None
+        state["_last_draw"] = None
+        return state
+
+    def _extra_options(self) -> str:
+        text = ""
+        if self.bias_rho is not None:
+            text += ", bayesian_bias=True"
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        if self._prior != _kl.NormalPrior(0.0, 1.0):
+            text += f", prior={_prior_text(self._prior)}"
+        if self.eval_mode != "sample":
+            text += f", eval_mode={self.eval_mode!r}"
+        return text
+
+
+def _rank_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """A drawn seed with the offset of this rank in it."""
+    seed, offset = noise.draw_seed(generator, device), noise.rank_offset()
+    return seed if offset == 0 else seed + noise.seed_tensor(offset, device).flip(0)
+
+
+def _prior_text(prior: _kl.Prior | None) -> str:
+    if not isinstance(prior, _kl.NormalPrior):
+        return repr(prior)
+    parts: Sequence[str] = [
+        "tensor" if value is None else str(value) for value in (prior.loc, prior.scale)
+    ]
+    return f"({', '.join(parts)})"

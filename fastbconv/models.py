@@ -1,0 +1,230 @@
+"""Whole models: KL, parameter groups, and contexts that set every Bayesian layer at once.
+
+The contexts touch one plain attribute of each layer and put the former value back, in the reverse
+order and also after an exception, so that they nest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import noise
+from .contexts import KlCollector, LayerContext
+
+
+def bayesian_layers(model: nn.Module) -> list[nn.Module]:
+    """The Bayesian layers in the order of ``model.modules()``, each once."""
+    return [module for module in model.modules() if getattr(module, "is_bayesian", False)]
+
+
+def kl_loss(model: nn.Module, n_data: float | None = None, beta: float = 1.0) -> Tensor:
+    """beta * (sum of the KL of all layers) / n_data: what is added to the mean NLL of a batch.
+
+    Args:
+        model: any module; a layer that occurs twice counts once.
+        n_data: number of training examples; None: not divided.
+        beta: weight of the KL; only 1 gives the evidence lower bound.
+
+    Returns:
+        0-dim tensor, computed from the parameters at this call; zero without Bayesian layers.
+
+    Raises:
+        ValueError: ``n_data`` is not positive.
+
+    Example:
+        >>> from fastbconv import BayesLinear
+        >>> kl_loss(BayesLinear(3, 2), n_data=100).ndim
+        0
+    """
+    if n_data is not None and not n_data > 0:
+        raise ValueError(f"n_data: expected a positive number of examples, got {n_data}")
+    terms = [layer.kl_loss() for layer in bayesian_layers(model)]
+    total = _sum(terms, model)
+    if beta != 1.0:
+        total = total * beta
+    return total if n_data is None else total / n_data
+
+
+def losses(model: nn.Module) -> list[Tensor]:
+    """The losses of all Bayesian layers as one flat list: KL, activity, regularisers."""
+    return [loss for layer in bayesian_layers(model) for loss in layer.losses]
+
+
+def regularization_loss(model: nn.Module) -> Tensor:
+    """Sum of the losses that are no KL (activity, variable regularisers), divided by nothing."""
+    terms = [
+        loss
+        for layer in bayesian_layers(model)
+        for loss in getattr(layer, "regularization_losses", ())
+    ]
+    return _sum(terms, model)
+
+
+def param_groups(
+    model: nn.Module, lr: float, rho_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser: posterior parameters are never decayed.
+
+    Decay is a second prior beside the one in the KL. Everything that is no parameter of a Bayesian
+    layer is decayed as asked.
+
+    Args:
+        model: any module.
+        lr: learning rate.
+        rho_lr: learning rate of the untransformed scales; None: ``lr``.
+        weight_decay: decay of the other parameters.
+
+    Returns:
+        Up to three groups, each with a ``name``: "posterior", "rho", "other".
+
+    Example:
+        >>> from fastbconv import BayesLinear
+        >>> [group["name"] for group in param_groups(BayesLinear(2, 2), lr=1e-3)]
+        ['posterior', 'rho']
+    """
+    posterior: list[nn.Parameter] = []
+    rho: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for layer in bayesian_layers(model):
+        for name, parameter in layer.named_parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                scale = name.endswith(("rho", "untransformed_scale"))
+                (rho if scale else posterior).append(parameter)
+    other = [parameter for parameter in model.parameters() if id(parameter) not in seen]
+    groups = [
+        {"name": "posterior", "params": posterior, "lr": lr, "weight_decay": 0.0},
+        {"name": "rho", "params": rho, "lr": lr if rho_lr is None else rho_lr, "weight_decay": 0.0},
+        {"name": "other", "params": other, "lr": lr, "weight_decay": weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+@contextmanager
+def collect_kl(model: nn.Module) -> Iterator[KlCollector]:
+    """Collects the KL that the fused forward passes inside compute anyway.
+
+    Yields:
+        A collector; ``sum()`` is the plain sum over layers, attached to the graph. A layer that runs
+        twice counts once. The terms are held by the collector, not by the modules.
+
+    Example:
+        >>> from fastbconv import BayesLinear
+        >>> model = BayesLinear(3, 2)
+        >>> with collect_kl(model) as kl:
+        ...     loss = model(torch.ones(1, 3)).sum()
+        >>> bool(torch.isclose(kl.sum(), kl_loss(model)))
+        True
+    """
+    layers = bayesian_layers(model)
+    collector = KlCollector(like=next(iter(model.parameters()), None))
+    contexts = [
+        replace(_context(layer), sinks=(*_context(layer).sinks, (collector, position)))
+        for position, layer in enumerate(layers)
+    ]
+    with _installed(layers, contexts):
+        yield collector
+
+
+@contextmanager
+def fixed_sample(model: nn.Module, seed: int | Tensor) -> Iterator[None]:
+    """Every call inside uses one function: layer l draws from ``noise.derive(seed, l)``.
+
+    l is the position among the distinct Bayesian modules of ``model.modules()``. A layer that runs
+    twice uses the same weights. Seeds given to a layer directly come first.
+
+    Args:
+        model: any module.
+        seed: int or int64 tensor (2,).
+    """
+    layers = bayesian_layers(model)
+    parent = noise.seed_tensor(seed)
+    contexts = [
+        replace(_context(layer), mode="seed", seed=noise.derive(parent, position))
+        for position, layer in enumerate(layers)
+    ]
+    with _installed(layers, contexts):
+        yield
+
+
+@contextmanager
+def mean_weights(model: nn.Module) -> Iterator[None]:
+    """Every call inside uses the posterior means: no noise is drawn."""
+    layers = bayesian_layers(model)
+    contexts = [replace(_context(layer), mode="mean", seed=None) for layer in layers]
+    with _installed(layers, contexts):
+        yield
+
+
+def build(model: nn.Module, input_shape: Sequence[int | None]) -> nn.Module:
+    """Materialises lazy layers by one pass over zeros, and returns the model.
+
+    The pass leaves no trace: no noise is drawn, no gradient recorded, ``training`` flags, buffers of
+    normalisation layers and random generators stay as they are.
+
+    Args:
+        model: any module.
+        input_shape: of the model's input, with the batch; None stands for 1.
+
+    Raises:
+        ValueError: an entry that is negative.
+    """
+    if any(size is not None and size < 0 for size in input_shape):
+        raise ValueError(
+            f"input_shape: expected non-negative sizes or None, got {tuple(input_shape)}"
+        )
+    own_build = getattr(model, "build", None)
+    if getattr(model, "is_bayesian", False) and callable(own_build):
+        own_build(tuple(input_shape))
+        return model
+    device, dtype = _placement(model)
+    flags = [(module, module.training) for module in model.modules()]
+    image = torch.zeros([1 if size is None else size for size in input_shape], dtype=dtype)
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(), mean_weights(model):
+            model(image.to(device))
+    finally:
+        for module, training in flags:
+            module.training = training
+    return model
+
+
+def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the first floating-point parameter, lazy ones included."""
+    for parameter in model.parameters():
+        if parameter.dtype.is_floating_point:
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+def _context(layer: nn.Module) -> LayerContext:
+    return getattr(layer, "_fb_context", None) or LayerContext()
+
+
+@contextmanager
+def _installed(layers: list[nn.Module], contexts: list[LayerContext]) -> Iterator[None]:
+    former = [getattr(layer, "_fb_context", None) for layer in layers]
+    try:
+        for layer, context in zip(layers, contexts, strict=True):
+            layer._fb_context = context
+        yield
+    finally:
+        for layer, context in zip(layers, former, strict=True):
+            layer._fb_context = context
+
+
+def _sum(terms: list[Tensor], model: nn.Module) -> Tensor:
+    if not terms:
+        device, _ = _placement(model)
+        return torch.zeros((), device=device)
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + (term if term.device == total.device else term.to(total.device))
+    return total
