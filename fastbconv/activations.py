@@ -1,9 +1,9 @@
 """The one Python list of activations: name, native number, PyTorch function.
 
-The numbers are those of ``csrc/core/activation.h``. What is in the list runs in the kernel's epilogue;
-any other callable runs after the operator. Names have the constants of ``torch.nn.functional`` on the
-torch face and those of Keras on the TFP face, where two names differ: ``leaky_relu`` (slope 0.01 and
-0.2) and ``hard_sigmoid`` (z/6 + 1/2 and 0.2 z + 1/2).
+The numbers are those of ``csrc/core/activation.h``. What is in the list runs in the kernel's
+epilogue; any other callable runs after the operator. Names have the constants of
+``torch.nn.functional`` on the torch face and those of Keras on the TFP face, where two names
+differ: ``leaky_relu`` (slope 0.01 and 0.2) and ``hard_sigmoid`` (z/6 + 1/2 and 0.2 z + 1/2).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a whole-model context tells one layer.
 
 A layer reads it from the plain attribute ``_fb_context`` (None outside any context), so that a
-compiled forward pass guards on it instead of reading a thread-local. The attribute is no part of the
-layer's state: deepcopy, pickle and state_dict leave it out.
+compiled forward pass guards on it instead of reading a thread-local. The attribute is no part of
+the layer's state: deepcopy, pickle and state_dict leave it out.
 """
 
 from __future__ import annotations

@@ -45,9 +45,9 @@ def bayes_conv2d(
 
     .. code-block:: text
 
-        w_s    = weight + (floor + softplus(weight_rho)) * eps(seed, s)        s = 0 ... num_samples - 1
+        w_s    = weight + (floor + softplus(weight_rho)) * eps(seed, s)     s < num_samples
         output = activation(conv2d(input, w_s) + bias_s)
-        kl     = sum over elements of KL(N(weight, scale^2) || prior)          nats, divided by nothing
+        kl     = sum over elements of KL(N(weight, scale^2) || prior)
 
     Args:
         input: (N, C, H, W) or (C, H, W), any strides; float32, bfloat16, float16, or float64.
@@ -56,8 +56,8 @@ def bayes_conv2d(
         bias: (K,) mean of the bias, or None.
         bias_rho: untransformed scale of the bias; None: the bias is a point mass.
         stride: int or pair.
-        padding: int, pair, ((top, bottom), (left, right)), 'valid', or 'same' (TensorFlow's rule: the
-            odd zero goes to the end; any stride).
+        padding: int, pair, ((top, bottom), (left, right)), 'valid', or 'same' (TensorFlow's rule:
+            the odd zero goes to the end; any stride).
         dilation: int or pair.
         groups: number of groups.
         activation: name, function or module; see fastbconv.activations.
@@ -68,7 +68,7 @@ def bayes_conv2d(
         share_input: every draw reads all N rows; the output has S * N rows, sample-major.
         seed: int ``n``, meaning (n, 0), or an int64 tensor (2,); None draws one from ``generator``.
         generator: where a seed is drawn from; None: PyTorch's default generator.
-        return_kl: also return the KL.
+        return_kl: also return the KL: a plain sum in nats.
         bias_prior: like ``prior``, for the bias; None: no KL of the bias.
         weight_kl: False leaves the weight out of the KL.
         scale_floor: added to softplus(rho); None: 2^-23 (2^-52 for float64).
@@ -147,7 +147,7 @@ def bayes_linear(
     scale_floor: float | None = None,
     element_offset: tuple[int, int] = (0, 0),
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Linear map with weights drawn from a mean-field normal posterior: activation(x w_s^T + bias_s).
+    r"""activation(x w_s^T + bias_s) with weights drawn from a mean-field normal posterior.
 
     Args:
         input: (..., in_features); the first dimension is the one that ``num_samples`` divides.
@@ -161,7 +161,7 @@ def bayes_linear(
         share_input: as in bayes_conv2d.
         seed: as in bayes_conv2d.
         generator: as in bayes_conv2d.
-        return_kl: also return the KL.
+        return_kl: also return the KL: a plain sum in nats.
         bias_prior: like ``prior``, for the bias.
         weight_kl: False leaves the weight out of the KL.
         scale_floor: as in bayes_conv2d.
@@ -252,8 +252,8 @@ def kl_normal(
     resolved = kl.resolve_prior(prior)
     if not isinstance(resolved, NormalPrior):
         raise NotImplementedError(
-            f"prior: expected a pair (loc, scale), got {prior!r}; other priors have no closed form: "
-            "use bayes_conv2d(..., return_kl=True), whose KL is that of the weights in use"
+            f"prior: expected a pair (loc, scale), got {prior!r}; other priors have no closed "
+            "form: use bayes_conv2d(..., return_kl=True), whose KL is that of the weights in use"
         )
     loc, rho = _arguments.wide_parameter(loc), _arguments.wide_parameter(rho)
     numbers, tensors = _call.split_prior(resolved, loc, "prior")

@@ -21,7 +21,7 @@ _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 @dataclass(frozen=True)
 class NormalPrior:
-    """N(loc, scale^2) per element: floats, tensors that broadcast to the parameter, or Parameters."""
+    """N(loc, scale^2) per element: floats, or tensors that broadcast to the parameter."""
 
     loc: float | Tensor
     scale: float | Tensor
@@ -33,7 +33,7 @@ class NormalPrior:
 
 @dataclass(frozen=True)
 class ScaleMixture:
-    """pi N(0, s1^2) + (1 - pi) N(0, s2^2) per element, as in "Weight uncertainty in neural networks".
+    """pi N(0, s1^2) + (1 - pi) N(0, s2^2) per element ("Weight uncertainty in neural networks").
 
     There is no closed form: the KL is that of the weights in use, log q(w) - log p(w).
 
@@ -158,9 +158,10 @@ def kl_normal_normal(
 ) -> Tensor:
     """Elementwise KL(N(loc, scale^2) || N(prior_loc, prior_scale^2)) in nats.
 
-    1/2 d^2 + 1/2 (r^2 - 1) - log r with d = (loc - prior_loc) / prior_scale, r = scale / prior_scale.
-    With l = log r the last two terms are 1/2 expm1(2 l) - l, which is exact at r = 1. The formula is
-    evaluated in the dtype given: near r = 1 its two terms cancel, so pass float64 for full accuracy.
+    1/2 d^2 + 1/2 (r^2 - 1) - log r with d = (loc - prior_loc) / prior_scale, r = scale /
+    prior_scale. With l = log r the last two terms are 1/2 expm1(2 l) - l, which is exact at r = 1.
+    The formula is evaluated in the dtype given: near r = 1 its two terms cancel, so pass float64
+    for full accuracy.
     """
     d = (loc - prior_loc) / prior_scale
     l = torch.log(scale / prior_scale)  # noqa: E741

@@ -111,8 +111,8 @@ def collect_kl(model: nn.Module) -> Iterator[KlCollector]:
     """Collects the KL that the fused forward passes inside compute anyway.
 
     Yields:
-        A collector; ``sum()`` is the plain sum over layers, attached to the graph. A layer that runs
-        twice counts once. The terms are held by the collector, not by the modules.
+        A collector; ``sum()`` is the plain sum over layers, attached to the graph. A layer that
+        runs twice counts once. The terms are held by the collector, not by the modules.
 
     Example:
         >>> from fastbconv import BayesLinear
@@ -165,8 +165,8 @@ def mean_weights(model: nn.Module) -> Iterator[None]:
 def build(model: nn.Module, input_shape: Sequence[int | None]) -> nn.Module:
     """Materialises lazy layers by one pass over zeros, and returns the model.
 
-    The pass leaves no trace: no noise is drawn, no gradient recorded, ``training`` flags, buffers of
-    normalisation layers and random generators stay as they are.
+    The pass leaves no trace: no noise is drawn, no gradient recorded, ``training`` flags, buffers
+    of normalisation layers and random generators stay as they are.
 
     Args:
         model: any module.

@@ -1,8 +1,9 @@
 """Standard-normal noise by address: seeds, and the Python mirror of the native generator.
 
-A draw is a pure function of (key, offset + sample, stream, element) and of nothing else. The counter
-layout is Note [Noise addressing] of ``csrc/core/noise.h``; the integers here equal the native ones
-exactly, the float32 draws to a few units in the last place (the kernels use fixed polynomials).
+A draw is a pure function of (key, offset + sample, stream, element) and of nothing else. The
+counter layout is Note [Noise addressing] of ``csrc/core/noise.h``; the integers here equal the
+native ones exactly, the float32 draws to a few units in the last place (the kernels use fixed
+polynomials).
 
 The functions named ``mirror_*`` are plain PyTorch and run on any device and under every transform.
 The public ones use the native generator where it is loaded, and return its bits.

@@ -1,8 +1,9 @@
 """The definition of every operator in plain, differentiable PyTorch.
 
 What is here is what "correct" means: kernels are compared with it, and it serves where no native
-library can be built. The functions have the signatures of the operators. Noise comes from the Python
-mirror of the generator, which equals the kernels' to a few units in the last place of float32.
+library can be built. The functions have the signatures of the operators. Noise comes from the
+Python mirror of the generator, which equals the kernels' to a few units in the last place of
+float32.
 """
 
 from __future__ import annotations
@@ -229,7 +230,7 @@ def _outside_autocast(input: Tensor) -> Iterator[torch.dtype]:
 
 
 def suggested_memory_format(input: Tensor) -> torch.memory_format:
-    """Tensor::suggest_memory_format() of a 4-dimensional tensor: the output takes this of the input.
+    """Tensor::suggest_memory_format() of an image: the output takes this of the input.
 
     A permutation of strides that could be read both ways counts as contiguous, as in ATen.
     """

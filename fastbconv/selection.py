@@ -1,7 +1,7 @@
 """Which kernel a call uses: the process-wide choice and its explanation.
 
-The choice becomes an int argument of the operator, saved for backward; native code reads no state of
-a thread or of Python.
+The choice becomes an int argument of the operator, saved for backward; native code reads no state
+of a thread or of Python.
 """
 
 from __future__ import annotations

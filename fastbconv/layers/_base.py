@@ -1,4 +1,4 @@
-"""What every layer of the torch face shares: posterior parameters, priors, KL, whole-model contexts."""
+"""What every layer of the torch face shares: posterior, prior, KL, whole-model contexts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import _arguments, _call, activations, functional, noise
-from .. import kl as _kl
-from ..contexts import LayerContext
+from fastbconv import _arguments, _call, activations, functional, noise
+from fastbconv import kl as _kl
+from fastbconv.contexts import LayerContext
 
 EvalMode = Literal["sample", "mean"]
 ESTIMATORS = ("reparameterization",)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from .. import _arguments, functional
-from ..functional import ActivationLike
-from ..kl import PriorLike
+from fastbconv import _arguments, functional
+from fastbconv.functional import ActivationLike
+from fastbconv.kl import PriorLike
+
 from ._base import BayesLayer, EvalMode
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -26,8 +27,8 @@ class BayesConv2d(BayesLayer, _ConvNd):
         output = activation(conv2d(input, w) + bias)
 
     The KL divergence from the prior, ``kl_loss()``, is a plain sum in nats. The loss of a training
-    step is ``mean NLL of the batch + fastbconv.kl_loss(model, n_data)``. Noise is drawn in ``train()``
-    and in ``eval()`` alike; ``eval_mode='mean'`` uses the means in ``eval()``.
+    step is ``mean NLL of the batch + fastbconv.kl_loss(model, n_data)``. Noise is drawn in
+    ``train()`` and in ``eval()`` alike; ``eval_mode='mean'`` uses the means in ``eval()``.
 
     Args:
         in_channels: channels of the input.
@@ -43,16 +44,16 @@ class BayesConv2d(BayesLayer, _ConvNd):
         device: of the parameters.
         dtype: of the parameters: float32 or float64; bfloat16 and float16 for inference.
         activation: name, function or module, fused where the kernels have it.
-        prior: (loc, scale), each a float, a tensor that broadcasts to the weight (saved as a buffer)
-            or a Parameter (trained); a ScaleMixture; a function that returns a torch distribution
-            (both with a Monte-Carlo KL); None: no KL.
+        prior: (loc, scale), each a float, a tensor that broadcasts to the weight (saved as a
+            buffer) or a Parameter (trained); a ScaleMixture; a function that returns a torch
+            distribution (both with a Monte-Carlo KL); None: no KL.
         bayesian_bias: also draw the bias; its prior is ``prior``.
         estimator: 'reparameterization'.
         eval_mode: 'sample' or 'mean'.
 
     Shape:
-        input (N, C, H, W) or (C, H, W), any memory format; output (N, K, H_out, W_out) in the memory
-        format of the input, and in its dtype.
+        input (N, C, H, W) or (C, H, W), any memory format; output (N, K, H_out, W_out) in the
+        memory format of the input, and in its dtype.
 
     Attributes:
         weight: (K, C/groups, R, S) posterior mean.

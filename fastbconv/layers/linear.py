@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import _arguments, functional
-from ..functional import ActivationLike
-from ..kl import PriorLike
+from fastbconv import _arguments, functional
+from fastbconv.functional import ActivationLike
+from fastbconv.kl import PriorLike
+
 from ._base import BayesLayer, EvalMode
 
 
