@@ -22,7 +22,6 @@ def env() -> int:
         warnings.simplefilter("ignore", RuntimeWarning)  # the table below says it too
         info = _native.build_info()
     attempts = info.pop("attempts")
-    # A CPU build is the rule, so the reason stands beside the answer instead of in a row of its own.
     info["cuda"] = f"{'yes' if info['cuda'] else 'no'} ({info.pop('cuda_reason')})"
     width = max(map(len, info))
     for name, value in info.items():

@@ -4,16 +4,17 @@ The order, decided once per process: the library built ahead of time, where it w
 sources at hand for this torch; a library built earlier and kept in the cache; a new build into the
 cache; the pure-PyTorch reference, with one warning. Importing this module does none of it.
 
-Note [Build cache]. A build runs in its own process, in ``<cache>/work-<environment>-<source tree>``,
-where object files stay so that an edit recompiles little. The finished library is copied to
-``<cache>/<version>-torch<version>-<environment>-<sources>/`` and ``build.json`` is written last, by
-rename: a folder without it does not count. The whole is done under a lock file of ours, with a second
-look at the cache inside it. A killed build leaves a lock that the system has already released, object
+Note [Build cache]. A build runs in a process of its own, in the folder
+``<cache>/work-<environment>-<source tree>``, where object files stay, so that an edit recompiles little. The finished library is copied to
+``<cache>/<version>-torch<version>-<environment>-<sources>/``, and ``build.json`` is written last, by
+rename: a folder without it does not count. The whole is done under a lock file of ours, with a
+second look at the cache inside it. A killed build leaves a lock that the system has released, object
 files that ninja checks again, and torch's own ``lock`` file, which is removed while holding ours.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import json
@@ -36,6 +37,7 @@ from ._build import BuildSpec, FastbconvBuildError, Settings
 __all__ = ["FastbconvBuildError", "build_info", "load"]
 
 _FULL_NAME = f"{__package__}.{_build.MODULE_NAME}"
+_RECORD = "build.json"
 _KEPT_LIBRARIES = 8
 _OUTPUT_TAIL = 6000
 
@@ -78,8 +80,7 @@ def load() -> ModuleType | None:
             _find_library(config)
         _state.decided = True
         if _state.module is not None:
-            if config.isa is not None:
-                _state.module.limit_isa(config.isa)
+            _configure(_state.module, config)
         elif config.backend == "native":
             raise FastbconvBuildError(_explain(_state.attempts))
         elif config.backend == "auto":
@@ -99,8 +100,8 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict with ``version``, ``torch``, ``python``, ``compiler``, ``isa``, ``cuda`` (bool),
         ``cuda_reason``, ``source_hash``, ``built`` (``'prebuilt'``, ``'jit'`` or ``'reference'``),
-        ``library`` (path or None), ``cache`` (folder), ``threads`` and ``attempts`` (what was tried and
-        did not work).
+        ``library`` (path or None), ``cache`` (folder), ``threads`` and ``attempts`` (what was tried
+        and did not work).
     """
     import torch
 
@@ -129,13 +130,24 @@ def build_info() -> dict[str, Any]:
     return info
 
 
+def _configure(module: ModuleType, config: Settings) -> None:
+    if config.isa is not None:
+        module.limit_isa(config.isa)
+    if not module.build_info().get("openmp", True):
+        warnings.warn(
+            "the native library is built without OpenMP: it uses one thread",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _explain(attempts: list[str]) -> str:
     tried = "\n".join(f"  - {attempt}" for attempt in attempts)
     return (
         f"fastbconv has no native library. Tried:\n{tried}\n"
         "To have it: install a C++ compiler and ninja (pip install ninja) and start again, or run "
-        "'python -m fastbconv env' to see the whole story. FASTBCONV_BACKEND=reference asks for the "
-        "reference without this message."
+        "'python -m fastbconv env' to see the whole story. FASTBCONV_BACKEND=reference asks for "
+        "the reference without this message."
     )
 
 
@@ -156,7 +168,11 @@ def _find_library(config: Settings) -> None:
             if library is None:
                 continue
             _state.module = _import(library)
-        except (FastbconvBuildError, ImportError, OSError) as error:
+        except ImportError as error:
+            # It was whole when it was built, so the file is damaged: the next start builds it anew.
+            (library.parent / _RECORD).unlink(missing_ok=True)
+            _state.attempts.append(f"{kind}: {library} cannot be loaded ({error})")
+        except FastbconvBuildError as error:
             _state.attempts.append(f"{kind}: {error}")
         else:
             _state.built, _state.library = kind, library
@@ -176,8 +192,8 @@ def _prebuilt(spec: BuildSpec | None) -> Path | None:
         raise FastbconvBuildError(f"{library} carries no build stamp")
     if stamp["torch"] != str(torch.__version__):
         raise FastbconvBuildError(
-            f"{library} is built for torch {stamp['torch']}, and this is torch {torch.__version__}: "
-            "install fastbconv again"
+            f"{library} is built for torch {stamp['torch']}, and this is torch "
+            f"{torch.__version__}: install fastbconv again"
         )
     root = _build.source_root()
     expected = spec.source_hash if spec else root and _build.source_hash(root)
@@ -195,9 +211,12 @@ def _import(library: Path) -> ModuleType:
     import torch  # noqa: F401  the library needs torch's symbols
 
     spec = importlib.util.spec_from_file_location(
-        _FULL_NAME, library, loader=importlib.machinery.ExtensionFileLoader(_FULL_NAME, str(library))
+        _FULL_NAME,
+        library,
+        loader=importlib.machinery.ExtensionFileLoader(_FULL_NAME, str(library)),
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[_FULL_NAME] = module
@@ -215,7 +234,7 @@ def ensure_built(spec: BuildSpec, cache: Path) -> Path:
     """
     folder = cache / spec.key
     library = folder / f"{_build.MODULE_NAME}.so"
-    record = folder / "build.json"
+    record = folder / _RECORD
     if record.exists():
         return library
     import filelock
@@ -267,10 +286,8 @@ def _compile(spec: BuildSpec, work: Path) -> None:
         status = builder.wait()
     finally:
         # Whatever ended the wait, nothing may go on writing here once the lock is released.
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(builder.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         builder.wait()
     if status != 0:
         raise FastbconvBuildError(
@@ -290,8 +307,8 @@ def _publish(spec: BuildSpec, built: Path, folder: Path) -> None:
         "cuda": spec.cuda_reason,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    _replace(folder / "build.json", json.dumps(record, indent=1).encode())
-    finished = sorted(folder.parent.glob("*/build.json"), key=lambda path: path.stat().st_mtime)
+    _replace(folder / _RECORD, json.dumps(record, indent=1).encode())
+    finished = sorted(folder.parent.glob(f"*/{_RECORD}"), key=lambda path: path.stat().st_mtime)
     for old in finished[:-_KEPT_LIBRARIES]:
         shutil.rmtree(old.parent, ignore_errors=True)
 

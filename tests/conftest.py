@@ -13,7 +13,7 @@ hypothesis.settings.load_profile("fixed")
 
 @pytest.fixture(autouse=True)
 def _fixed_state():
-    """Each test starts from the same generator, thread count and default dtype, and restores them."""
+    """Each test starts from the same generator, thread count and default dtype."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
     yield
