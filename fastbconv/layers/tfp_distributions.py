@@ -1,0 +1,386 @@
+"""Posterior, prior, tensor and divergence functions of the TFP face, and their distributions.
+
+Posterior and prior functions are called as ``fn(dtype, shape, name, trainable, add_variable_fn)``
+and return a distribution; tensor functions take that distribution; divergence functions take
+posterior, prior and sample. The built-in functions are objects with a name, so that a layer
+recognises them and takes its fused path, and so that they can be written to a configuration.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal, constraints
+from torch.distributions.kl import kl_divergence as torch_kl_divergence
+from torch.distributions.kl import register_kl
+
+from fastbconv import kl
+
+from .tfp_initializers import Initializer, RandomNormal
+
+VariableFn = Callable[..., Tensor]
+# softplus(rho) for rho above this is rho to the last bit, in float64 too.
+_SOFTPLUS_THRESHOLD = 40.0
+
+
+# --- distributions --------------------------------------------------------------------------------
+
+
+class SeededNormal(Normal):
+    """A normal whose draws come from ``eps_source(number of the draw)`` where one is set.
+
+    A layer sets it, so that a seed governs the sample whichever path computes it. Successive draws
+    have successive numbers.
+    """
+
+    eps_source: Callable[[int], Tensor] | None = None
+    _drawn = 0
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """``loc + scale * eps``, differentiable by loc and scale."""
+        if self.eps_source is None:
+            return super().rsample(torch.Size(sample_shape))
+        count = 1
+        for size in sample_shape:
+            count *= size
+        eps = [self.eps_source(self._drawn + draw).to(self.loc) for draw in range(count)]
+        self._drawn += count
+        shape = (*sample_shape, *self.loc.shape)
+        return self.loc + self.scale * (torch.stack(eps) if sample_shape else eps[0]).reshape(shape)
+
+
+class Deterministic(Distribution):
+    """A point mass at ``loc``: sample, mean and mode are ``loc``, the scale is 0.
+
+    ``log_prob`` is 0 at ``loc`` and -inf elsewhere. KL(point mass || p) is *defined* as
+    ``-log p(loc)``, as in TFP; it is not the limit of a divergence of densities.
+    """
+
+    arg_constraints = {"loc": constraints.real}  # noqa: RUF012  torch's own form
+    support = constraints.real
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, validate_args: bool | None = None) -> None:
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    @property
+    def mode(self) -> Tensor:
+        return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        return torch.zeros_like(self.loc)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """``loc``, expanded."""
+        return self.loc.expand(torch.Size(sample_shape) + self.loc.shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        zero = torch.zeros_like(self.loc)
+        return torch.where(value == self.loc, zero, torch.full_like(zero, -torch.inf))
+
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> Deterministic:
+        return Deterministic(self.loc.expand(tuple(batch_shape)), validate_args=False)
+
+
+@register_kl(Deterministic, Distribution)
+def _kl_point_mass(q: Deterministic, p: Distribution) -> Tensor:
+    return -p.log_prob(q.loc)
+
+
+@functools.lru_cache(maxsize=256)
+def _reparameterized_class(kind: type[Distribution]) -> type[Distribution]:
+    def sample(self: Distribution, sample_shape: Sequence[int] = ()) -> Tensor:
+        """``rsample``: the draw carries gradients."""
+        return self.rsample(torch.Size(sample_shape))
+
+    return type(kind.__name__, (kind,), {"sample": sample, "__module__": kind.__module__})
+
+
+def reparameterized(distribution: Any, what: str = "posterior") -> Any:
+    """The distribution with ``sample`` meaning ``rsample``, as in TFP.
+
+    It is a copy of a dynamic subclass: isinstance and the dispatch of KL divergences go on working.
+    Without an rsample the distribution is returned as it is, with one warning.
+    """
+    if not isinstance(distribution, Distribution):
+        return distribution
+    if not distribution.has_rsample:
+        warnings.warn(
+            f"{what}: {type(distribution).__name__} has no rsample, so its variables get no "
+            "gradient through the sample",
+            stacklevel=3,
+        )
+        return distribution
+    result = copy.copy(distribution)
+    result.__class__ = _reparameterized_class(type(distribution))
+    return result
+
+
+# --- tensor functions -----------------------------------------------------------------------------
+
+
+def posterior_sample(distribution: Any) -> Tensor:
+    """The default tensor function: one draw, shared by the whole batch."""
+    return distribution.sample()
+
+
+def posterior_mean(distribution: Any) -> Tensor:
+    """The tensor function that uses the mean: ``lambda d: d.mean()`` in TFP.
+
+    In PyTorch ``mean`` is a property, so the lambda would be ``lambda d: d.mean``.
+    """
+    return distribution.mean
+
+
+# --- divergence -----------------------------------------------------------------------------------
+
+
+def kl_divergence(q: Any, p: Any, sample: Tensor | None = None) -> Tensor:
+    """The default divergence: KL(q || p) in closed form, summed over all elements, in nats.
+
+    Any mix of ``Normal`` and ``Independent(Normal)`` is accepted, and a point mass q, whose KL is
+    defined as ``-log p(loc)``. Other pairs go to ``torch.distributions.kl_divergence``.
+
+    Args:
+        q: posterior.
+        p: prior; its parameters broadcast to those of q.
+        sample: ignored.
+
+    Returns:
+        0-dim tensor (float32 where the distributions are float16 or bfloat16).
+
+    Raises:
+        NotImplementedError: no closed form is known for the pair.
+    """
+    del sample
+    q0, p0 = _base(q), _base(p)
+    if isinstance(q0, Deterministic):
+        return -p0.log_prob(q0.loc).sum()
+    if isinstance(q0, Normal) and isinstance(p0, Normal):
+        out = torch.promote_types(q0.loc.dtype, torch.float32)
+        wide = (t.double() for t in (q0.loc, q0.scale, p0.loc, p0.scale))
+        return kl.kl_normal_normal(*wide).sum().to(out)
+    for pair in ((q0, p0), (q, p)):
+        try:
+            return torch_kl_divergence(*pair).sum()
+        except NotImplementedError:
+            continue
+    raise NotImplementedError(
+        f"divergence: expected distributions with a closed-form KL, got {type(q0).__name__} and "
+        f"{type(p0).__name__}; pass a divergence function, for instance the Monte-Carlo estimate "
+        "lambda q, p, w: (q.log_prob(w) - p.log_prob(w)).sum()"
+    )
+
+
+def _base(distribution: Any) -> Any:
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def normal_parameters(distribution: Any) -> tuple[Tensor, Tensor] | None:
+    """(loc, scale) of an elementwise normal, plain or Independent; else None."""
+    base = _base(distribution)
+    return (base.loc, base.scale) if isinstance(base, Normal) else None
+
+
+# --- posterior and prior functions ----------------------------------------------------------------
+
+
+def scale_of(rho: Tensor) -> Tensor:
+    """eps + softplus(rho), with the machine epsilon of the dtype."""
+    return F.softplus(rho, threshold=_SOFTPLUS_THRESHOLD) + torch.finfo(rho.dtype).eps
+
+
+class LocScaleFn:
+    """What ``default_loc_scale_fn`` returns: ``fn(dtype, shape, name, trainable, add_variable_fn)``
+    creates the variables and returns ``(loc, scale)``, with scale None for a point mass."""
+
+    def __init__(
+        self,
+        is_singular: bool = False,
+        loc_initializer: Initializer | None = None,
+        untransformed_scale_initializer: Initializer | None = None,
+        loc_regularizer: Callable[[Tensor], Tensor] | None = None,
+        untransformed_scale_regularizer: Callable[[Tensor], Tensor] | None = None,
+        loc_constraint: Callable[[Tensor], Tensor] | None = None,
+        untransformed_scale_constraint: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.is_singular = bool(is_singular)
+        self.loc_initializer = loc_initializer or RandomNormal(0.0, 0.1)
+        self.untransformed_scale_initializer = untransformed_scale_initializer or RandomNormal(
+            -3.0, 0.1
+        )
+        self.loc_regularizer = loc_regularizer
+        self.untransformed_scale_regularizer = untransformed_scale_regularizer
+        self.loc_constraint = loc_constraint
+        self.untransformed_scale_constraint = untransformed_scale_constraint
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What follows the role in the names of the variables, in order of creation."""
+        return ("loc",) if self.is_singular else ("loc", "untransformed_scale")
+
+    def add_variables(
+        self,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        name: str | None,
+        trainable: bool,
+        add_variable_fn: VariableFn,
+    ) -> list[Tensor]:
+        """Creates loc and, unless singular, the untransformed scale."""
+        prefix = "" if name is None else f"{name}_"
+        return [
+            add_variable_fn(
+                name=prefix + suffix,
+                shape=shape,
+                initializer=getattr(self, f"{suffix}_initializer"),
+                regularizer=getattr(self, f"{suffix}_regularizer"),
+                constraint=getattr(self, f"{suffix}_constraint"),
+                dtype=dtype,
+                trainable=trainable,
+            )
+            for suffix in self.suffixes
+        ]
+
+    def __call__(
+        self,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        name: str | None,
+        trainable: bool,
+        add_variable_fn: VariableFn,
+    ) -> tuple[Tensor, Tensor | None]:
+        variables = self.add_variables(dtype, shape, name, trainable, add_variable_fn)
+        if self.is_singular:
+            return variables[0], None
+        return variables[0], scale_of(variables[1])
+
+
+class MeanFieldNormalFn(LocScaleFn):
+    """What ``default_mean_field_normal_fn`` returns: a posterior (or trainable prior) function."""
+
+    def __call__(
+        self,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        name: str | None,
+        trainable: bool,
+        add_variable_fn: VariableFn,
+    ) -> Independent:
+        loc, scale = super().__call__(dtype, shape, name, trainable, add_variable_fn)
+        base: Distribution
+        if scale is None:
+            base = Deterministic(loc, validate_args=False)
+        else:
+            base = SeededNormal(loc, scale, validate_args=False)
+        return Independent(base, loc.dim(), validate_args=False)
+
+
+def default_mean_field_normal_fn(
+    is_singular: bool = False,
+    loc_initializer: Initializer | None = None,
+    untransformed_scale_initializer: Initializer | None = None,
+    loc_regularizer: Callable[[Tensor], Tensor] | None = None,
+    untransformed_scale_regularizer: Callable[[Tensor], Tensor] | None = None,
+    loc_constraint: Callable[[Tensor], Tensor] | None = None,
+    untransformed_scale_constraint: Callable[[Tensor], Tensor] | None = None,
+) -> MeanFieldNormalFn:
+    """A function that creates a trainable mean-field normal, or a point mass.
+
+    ``scale = eps + softplus(untransformed_scale)`` with the machine epsilon of the dtype.
+
+    Args:
+        is_singular: a point mass at loc, without a scale.
+        loc_initializer: ``f(shape, dtype) -> tensor``; default N(0, 0.1^2).
+        untransformed_scale_initializer: likewise; default N(-3, 0.1^2), a scale of about 0.0488.
+        loc_regularizer: a penalty on loc, a term of the layer's ``losses``.
+        untransformed_scale_regularizer: likewise.
+        loc_constraint: a projection, applied by ``apply_constraints`` after an optimiser step.
+        untransformed_scale_constraint: likewise.
+
+    Returns:
+        ``fn(dtype, shape, name, trainable, add_variable_fn)`` that returns an Independent normal.
+
+    Example:
+        >>> layer = fb.DenseReparameterization(10, bias_posterior_fn=default_mean_field_normal_fn())
+    """
+    return MeanFieldNormalFn(
+        is_singular,
+        loc_initializer,
+        untransformed_scale_initializer,
+        loc_regularizer,
+        untransformed_scale_regularizer,
+        loc_constraint,
+        untransformed_scale_constraint,
+    )
+
+
+def default_loc_scale_fn(
+    is_singular: bool = False,
+    loc_initializer: Initializer | None = None,
+    untransformed_scale_initializer: Initializer | None = None,
+    loc_regularizer: Callable[[Tensor], Tensor] | None = None,
+    untransformed_scale_regularizer: Callable[[Tensor], Tensor] | None = None,
+    loc_constraint: Callable[[Tensor], Tensor] | None = None,
+    untransformed_scale_constraint: Callable[[Tensor], Tensor] | None = None,
+) -> LocScaleFn:
+    """As ``default_mean_field_normal_fn``, for a function that returns the pair (loc, scale).
+
+    The scale is None when ``is_singular``. Use it in a posterior function of your own:
+
+    Example:
+        >>> make = default_loc_scale_fn()
+        >>> def laplace_posterior(dtype, shape, name, trainable, add_variable_fn):
+        ...     loc, scale = make(dtype, shape, name, trainable, add_variable_fn)
+        ...     return torch.distributions.Laplace(loc, scale)
+    """
+    return LocScaleFn(
+        is_singular,
+        loc_initializer,
+        untransformed_scale_initializer,
+        loc_regularizer,
+        untransformed_scale_regularizer,
+        loc_constraint,
+        untransformed_scale_constraint,
+    )
+
+
+def default_multivariate_normal_fn(
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    name: str | None,
+    trainable: bool,
+    add_variable_fn: VariableFn,
+) -> Independent:
+    """The default prior: standard normal in every element, without variables."""
+    del name, trainable, add_variable_fn
+    zeros = torch.zeros(tuple(shape), dtype=dtype)
+    return Independent(Normal(zeros, torch.ones_like(zeros), validate_args=False), len(shape))
+
+
+def call_function(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a user's function; the usual mistake of a move from TFP is explained."""
+    try:
+        return function(*args)
+    except TypeError as error:
+        if "'Tensor' object is not callable" not in str(error):
+            raise
+        raise TypeError(
+            f"{name}: in PyTorch mean, stddev, variance and mode of a distribution are properties, "
+            "so that d.mean() calls a tensor; write d.mean, or pass fastbconv.posterior_mean"
+        ) from error
