@@ -1,0 +1,63 @@
+#include "select.h"
+
+namespace fbc {
+
+namespace {
+
+const char* never(const ConvProblem&, Direction) { return nullptr; }
+
+const char* winograd2_cannot(const ConvProblem&, Direction) {
+  return "winograd2 has no CPU kernel in this version; use 'direct', 'library' or 'auto'";
+}
+
+const char* winograd4_cannot(const ConvProblem&, Direction) {
+  return "winograd4 has no CPU kernel in this version; use 'direct', 'library' or 'auto'";
+}
+
+const char* only_on_request(const ConvProblem&, Direction) {
+  return "its rounding error is larger, so it is taken on request only";
+}
+
+const char* library_not_chosen(const ConvProblem& problem, Direction) {
+  if (problem.dtype == Dtype::kFloat64) return "float64 is computed by the direct kernels";
+  if (problem.deterministic) {
+    return "deterministic algorithms were asked for, and its bits depend on the number of threads";
+  }
+  return nullptr;
+}
+
+constexpr Candidate kCandidates[kNumCandidates] = {
+    {Algorithm::kWinograd2, "winograd2", winograd2_cannot, never},
+    {Algorithm::kWinograd4, "winograd4", winograd4_cannot, only_on_request},
+    {Algorithm::kLibrary, "library", never, library_not_chosen},
+    {Algorithm::kDirect, "direct", never, never},
+};
+
+}  // namespace
+
+const Candidate* candidates() { return kCandidates; }
+
+Choice select_algorithm(const ConvProblem& problem, Direction direction, Algorithm requested) {
+  for (const Candidate& candidate : kCandidates) {
+    if (requested == Algorithm::kAuto) {
+      if (candidate.cannot(problem, direction) == nullptr &&
+          candidate.not_chosen(problem, direction) == nullptr) {
+        return {candidate.algorithm, nullptr, candidate.name};
+      }
+    } else if (candidate.algorithm == requested) {
+      return {requested, candidate.cannot(problem, direction), candidate.name};
+    }
+  }
+  return {requested, "no kernel computes this", "auto"};
+}
+
+const char* direction_name(Direction direction) {
+  switch (direction) {
+    case Direction::kFprop: return "fprop";
+    case Direction::kDgrad: return "dgrad";
+    case Direction::kWgrad: return "wgrad";
+  }
+  return "";
+}
+
+}  // namespace fbc
