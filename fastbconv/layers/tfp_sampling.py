@@ -122,8 +122,7 @@ class Sampler(nn.Module):
 
         base.eps_source = eps
 
-    # --- the last call
-    ------------------------------------------------------------------------------
+    # --- the last call ----------------------------------------------------------------------------
 
     def _sample_of_last_call(self, part: Part) -> Tensor | None:
         """The sample of the last call in its documented shape; a fresh one before the first."""
