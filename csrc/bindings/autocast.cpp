@@ -1,0 +1,34 @@
+// Under autocast only the activation is cast. Parameters, sampling and KL keep their dtype; the sampled
+// weight is rounded once, to the dtype of the input, inside the kernel.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "signatures.h"
+
+namespace fbc {
+
+namespace {
+
+template <typename Signature>
+struct CastInput;
+
+template <typename Result, typename... Rest>
+struct CastInput<Result(const at::Tensor&, Rest...)> {
+  static Result call(const at::Tensor& input, Rest... rest) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fastbconv::bconv2d", "")
+                               .typed<Result(const at::Tensor&, Rest...)>();
+    const at::DeviceType device = input.device().type();
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(
+        c10::DispatchKeySet{c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
+    const at::ScalarType type = at::autocast::get_autocast_dtype(device);
+    return op.call(at::autocast::cached_cast(type, input, device), std::forward<Rest>(rest)...);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastbconv, AutocastCPU, m) { m.impl("bconv2d", CastInput<Bconv2dSignature>::call); }
+
+}  // namespace fbc

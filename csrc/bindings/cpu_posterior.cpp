@@ -1,0 +1,292 @@
+// sample_posterior, kl_normal, standard_normal and philox4x32_10 under the CPU key.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "../core/philox.h"
+#include "posterior_pass.h"
+#include "signatures.h"
+
+namespace fbc {
+
+namespace {
+
+// The KL is a plain sum in a fixed order, and so is the gradient of a scalar prior: rows in parallel,
+// their sums in order. at::sum would choose its order by the number of threads.
+template <typename T>
+double sum_in_fixed_order(const at::Tensor& full) {
+  const at::Tensor rows = full.contiguous().reshape({full.dim() == 0 ? 1 : full.size(0), -1});
+  std::vector<double> partial(static_cast<size_t>(rows.size(0)));
+  const T* data = rows.const_data_ptr<T>();
+  const int64_t width = rows.size(1);
+  at::parallel_for(0, rows.size(0), std::max<int64_t>(1, 8192 / std::max<int64_t>(1, width)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t k = begin; k < end; ++k) {
+                       double sum = 0.0;
+                       for (int64_t i = 0; i < width; ++i) sum += data[k * width + i];
+                       partial[static_cast<size_t>(k)] = sum;
+                     }
+                   });
+  return sum_kl_partials(partial.data(), rows.size(0));
+}
+
+}  // namespace
+
+at::Tensor reduce_to_prior(const at::Tensor& full, const at::Tensor& prior) {
+  at::Tensor out = at::empty_like(prior);
+  if (prior.numel() == 1) {
+    const double sum = full.scalar_type() == at::kDouble ? sum_in_fixed_order<double>(full)
+                                                         : sum_in_fixed_order<float>(full);
+    return out.fill_(sum);
+  }
+  return out.copy_(full.sum_to_size(prior.sizes()));
+}
+
+namespace {
+
+// Weights of three spatial dimensions keep their element numbers when two of them are merged.
+at::Tensor merge_taps(const at::Tensor& parameter, at::IntArrayRef sizes) {
+  const at::Tensor full = parameter.expand(sizes);
+  return full.reshape({sizes[0], sizes[1], -1, sizes.back()});
+}
+OptionalTensor merge_taps(const OptionalTensor& parameter, at::IntArrayRef sizes) {
+  const at::Tensor* tensor = get_if_defined(parameter);
+  return tensor == nullptr ? OptionalTensor() : OptionalTensor(merge_taps(*tensor, sizes));
+}
+
+PosteriorTensors posterior_tensors(const at::Tensor& loc, const OptionalTensor& rho,
+                                   const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+                                   Doubles prior, double scale_floor) {
+  expect_defined("loc", loc);
+  expect_length("prior", 2, prior.size());
+  PosteriorTensors t = {};
+  t.loc = &loc;
+  t.rho = get_if_defined(rho);
+  t.prior_loc = get_if_defined(prior_loc);
+  t.prior_scale = get_if_defined(prior_scale);
+  t.prior_loc_value = prior[0];
+  t.prior_scale_value = prior[1];
+  t.scale_floor = scale_floor;
+  check_posterior(t, "loc", "rho", "prior_loc", "prior_scale");
+  return t;
+}
+
+Stream checked_stream(int64_t stream) {
+  TORCH_CHECK_VALUE(stream >= 0 && stream < 16, "stream: expected a number from 0 to 15, got ", stream);
+  return static_cast<Stream>(stream);
+}
+
+void set_noise(PosteriorTensors* t, const at::Tensor& seed, int64_t stream, int64_t offset_add,
+               int64_t element_offset) {
+  expect_seed(seed);
+  TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ",
+                    element_offset);
+  t->noise = noise_key(seed, offset_add);
+  t->stream = checked_stream(stream);
+  t->element_offset = element_offset;
+}
+
+std::vector<int64_t> sample_sizes(const at::Tensor& loc, int64_t num_samples) {
+  expect_in_range("num_samples", 1, num_samples);
+  std::vector<int64_t> sizes = {num_samples};
+  sizes.insert(sizes.end(), loc.sizes().begin(), loc.sizes().end());
+  return sizes;
+}
+
+template <typename T>
+double draw_all(const PosteriorTensors& t, const at::Tensor& sample, bool with_kl) {
+  const auto p = posterior_params<T>(t);
+  double kl = 0.0;
+  if (t.loc->numel() == 0) return kl;
+  for (int64_t s = 0; s < sample.size(0); ++s) {
+    const at::Tensor one = sample.select(0, s);
+    draw_sample(p, s,
+                {one.mutable_data_ptr(), dtype_of(one.scalar_type()), posterior_strides(one, one.dim())},
+                s == 0 && with_kl ? &kl : nullptr);
+  }
+  return kl;
+}
+
+Tensors2 sample_posterior_cpu(const at::Tensor& loc, const OptionalTensor& rho, const at::Tensor& seed,
+                              const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+                              Doubles prior, bool with_kl, double scale_floor, int64_t stream,
+                              int64_t num_samples, int64_t offset_add, int64_t element_offset,
+                              std::optional<at::ScalarType> dtype) {
+  PosteriorTensors t = posterior_tensors(loc, rho, prior_loc, prior_scale, prior, scale_floor);
+  set_noise(&t, seed, stream, offset_add, element_offset);
+  const std::vector<int64_t> sizes = sample_sizes(loc, num_samples);
+  if (loc.dim() > 4) {
+    const auto [sample, kl] = sample_posterior_cpu(
+        merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), seed,
+        merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, with_kl,
+        scale_floor, stream, num_samples, offset_add, element_offset, dtype);
+    return {sample.reshape(sizes), kl};
+  }
+  const at::ScalarType type = dtype.value_or(loc.scalar_type());
+  const bool is_double = loc.scalar_type() == at::kDouble;
+  TORCH_CHECK_TYPE(is_double ? type == at::kDouble
+                             : type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
+                   "dtype: expected ", is_double ? "float64" : "float32, bfloat16 or float16",
+                   " for a parameter of ", loc.scalar_type(), ", got ", type);
+  const at::Tensor sample = at::empty(sizes, loc.options().dtype(type));
+  const double kl = is_double ? draw_all<double>(t, sample, with_kl) : draw_all<float>(t, sample, with_kl);
+  return {sample, scalar_like(loc, kl)};
+}
+
+template <typename T>
+Tensors4 backward_all(const PosteriorTensors& t, const at::Tensor* grad_sample, double grad_kl,
+                      const std::array<bool, 4>& mask) {
+  GradientBinder<T> binder(t, mask, grad_kl);
+  if (grad_sample != nullptr && t.loc->numel() > 0) {
+    const at::Tensor grad = grad_sample->to(t.loc->scalar_type());
+    binder.set_grad_sample(grad);
+    binder.run(posterior_params<T>(t));
+  } else {
+    binder.run(posterior_params<T>(t));
+  }
+  const PosteriorGradients g = binder.finish();
+  return {g.loc, g.rho, g.prior_loc, g.prior_scale};
+}
+
+Tensors4 backward_of_dtype(const PosteriorTensors& t, const at::Tensor* grad_sample,
+                           const at::Tensor* grad_kl, const std::array<bool, 4>& mask) {
+  double by_kl = 0.0;
+  if (grad_kl != nullptr) {
+    expect_shape("grad_kl", {}, grad_kl->sizes());
+    by_kl = grad_kl->item().toDouble();
+  }
+  return t.loc->scalar_type() == at::kDouble ? backward_all<double>(t, grad_sample, by_kl, mask)
+                                             : backward_all<float>(t, grad_sample, by_kl, mask);
+}
+
+// A gradient of the merged view, in the shape and strides of its parameter.
+at::Tensor split_taps(const at::Tensor& grad, const OptionalTensor& parameter) {
+  const at::Tensor* like = get_if_defined(parameter);
+  if (like == nullptr || grad.dim() != 4) return grad;
+  return at::empty_like(*like).copy_(grad.reshape(like->sizes()));
+}
+
+at::Tensor split_prior_taps(const at::Tensor& grad, const OptionalTensor& prior, at::IntArrayRef sizes) {
+  const at::Tensor* like = get_if_defined(prior);
+  return like == nullptr || grad.dim() != 4 ? grad : reduce_to_prior(grad.reshape(sizes), *like);
+}
+
+Tensors4 sample_posterior_backward_cpu(const OptionalTensor& grad_sample,
+                                       const OptionalTensor& grad_kl, const at::Tensor& loc,
+                                       const OptionalTensor& rho, const at::Tensor& seed,
+                                       const OptionalTensor& prior_loc,
+                                       const OptionalTensor& prior_scale, Doubles prior,
+                                       double scale_floor, int64_t stream, int64_t num_samples,
+                                       int64_t offset_add, int64_t element_offset,
+                                       std::array<bool, 4> mask) {
+  PosteriorTensors t = posterior_tensors(loc, rho, prior_loc, prior_scale, prior, scale_floor);
+  set_noise(&t, seed, stream, offset_add, element_offset);
+  const std::vector<int64_t> sizes = sample_sizes(loc, num_samples);
+  const at::Tensor* grad = get_if_defined(grad_sample);
+  if (grad != nullptr) expect_shape("grad_sample", sizes, grad->sizes());
+  if (loc.dim() <= 4) return backward_of_dtype(t, grad, get_if_defined(grad_kl), mask);
+  OptionalTensor merged_grad;
+  if (grad != nullptr) merged_grad = grad->reshape({num_samples, sizes[1], sizes[2], -1, sizes.back()});
+  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] = sample_posterior_backward_cpu(
+      merged_grad, grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), seed,
+      merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, scale_floor,
+      stream, num_samples, offset_add, element_offset, mask);
+  return {split_taps(g_loc, loc), split_taps(g_rho, rho),
+          split_prior_taps(g_prior_loc, prior_loc, loc.sizes()),
+          split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
+}
+
+at::Tensor kl_normal_cpu(const at::Tensor& loc, const at::Tensor& rho, const OptionalTensor& prior_loc,
+                         const OptionalTensor& prior_scale, Doubles prior, double scale_floor) {
+  expect_defined("rho", rho);
+  const auto t = posterior_tensors(loc, rho, prior_loc, prior_scale, prior, scale_floor);
+  if (loc.dim() > 4) {
+    return kl_normal_cpu(merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
+                         merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()),
+                         prior, scale_floor);
+  }
+  if (loc.numel() == 0) return scalar_like(loc, 0.0);
+  const double kl = loc.scalar_type() == at::kDouble ? kl_divergence(posterior_params<double>(t))
+                                                     : kl_divergence(posterior_params<float>(t));
+  return scalar_like(loc, kl);
+}
+
+Tensors4 kl_normal_backward_cpu(const at::Tensor& grad_kl, const at::Tensor& loc, const at::Tensor& rho,
+                                const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+                                Doubles prior, double scale_floor, std::array<bool, 4> mask) {
+  expect_defined("grad_kl", grad_kl);
+  expect_defined("rho", rho);
+  const auto t = posterior_tensors(loc, rho, prior_loc, prior_scale, prior, scale_floor);
+  if (loc.dim() <= 4) return backward_of_dtype(t, nullptr, &grad_kl, mask);
+  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] = kl_normal_backward_cpu(
+      grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
+      merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, scale_floor, mask);
+  return {split_taps(g_loc, loc), split_taps(g_rho, rho),
+          split_prior_taps(g_prior_loc, prior_loc, loc.sizes()),
+          split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
+}
+
+at::Tensor standard_normal_cpu(const at::Tensor& seed, int64_t numel, int64_t stream, int64_t sample,
+                               int64_t element_offset) {
+  expect_seed(seed);
+  TORCH_CHECK_VALUE(numel >= 0, "numel: expected a value of at least 0, got ", numel);
+  TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ",
+                    element_offset);
+  const NoiseKey key = noise_key(seed, sample);
+  const Stream which = checked_stream(stream);
+  at::Tensor out = at::empty({numel}, seed.options().dtype(at::kFloat));
+  float* data = out.mutable_data_ptr<float>();
+  const auto first = static_cast<uint64_t>(element_offset);
+  at::parallel_for(0, numel, 16384, [&](int64_t begin, int64_t end) {
+    noise_kernels().normals(key, which, first + static_cast<uint64_t>(begin), end - begin, data + begin);
+  });
+  return out;
+}
+
+uint32_t checked_word(const char* name, int64_t value) {
+  TORCH_CHECK_VALUE(value >= 0 && value <= 0xffffffffLL, name,
+                    ": expected words from 0 to 2^32 - 1, got ", value);
+  return static_cast<uint32_t>(value);
+}
+
+at::Tensor philox4x32_10_cpu(const at::Tensor& counter, const at::Tensor& key) {
+  for (const auto& [name, tensor, words] : {std::tuple<const char*, const at::Tensor*, int64_t>(
+                                                "counter", &counter, 4),
+                                            {"key", &key, 2}}) {
+    expect_defined(name, *tensor);
+    expect_dtype(name, at::kLong, *tensor);
+    expect_cpu(name, *tensor);
+    TORCH_CHECK_VALUE(tensor->dim() > 0 && tensor->size(-1) == words, name, ": expected ", words,
+                      " words in the last dimension, got shape ", tensor->sizes());
+  }
+  const at::IntArrayRef batch = counter.sizes().slice(0, counter.dim() - 1);
+  TORCH_CHECK_VALUE(key.sizes().slice(0, key.dim() - 1) == batch, "key: expected shape ", batch,
+                    " before its last dimension, as counter, got ", key.sizes());
+  const at::Tensor counters = counter.contiguous(), keys = key.contiguous();
+  at::Tensor out = at::empty(counters.sizes(), counters.options());
+  const int64_t* c = counters.const_data_ptr<int64_t>();
+  const int64_t* k = keys.const_data_ptr<int64_t>();
+  int64_t* o = out.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < counters.numel() / 4; ++i) {
+    PhiloxWords words;
+    for (int j = 0; j < 4; ++j) words.word[j] = checked_word("counter", c[4 * i + j]);
+    words = philox4x32_10(words, checked_word("key", k[2 * i]), checked_word("key", k[2 * i + 1]));
+    for (int j = 0; j < 4; ++j) o[4 * i + j] = words.word[j];
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastbconv, CPU, m) {
+  m.impl("sample_posterior", sample_posterior_cpu);
+  m.impl("sample_posterior_backward", sample_posterior_backward_cpu);
+  m.impl("kl_normal", kl_normal_cpu);
+  m.impl("kl_normal_backward", kl_normal_backward_cpu);
+  m.impl("standard_normal", standard_normal_cpu);
+  m.impl("philox4x32_10", philox4x32_10_cpu);
+}
+
+}  // namespace fbc

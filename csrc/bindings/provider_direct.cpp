@@ -1,0 +1,149 @@
+// The direct provider: one-pass kernels, torch's threads.
+#include <ATen/ops/empty.h>
+
+#include "conv_call.h"
+#include "posterior_pass.h"
+
+namespace fbc {
+
+namespace {
+
+at::Tensor workspace(int64_t bytes) {  // at::empty aligns to 64 bytes
+  return at::empty({std::max<int64_t>(bytes, 1)}, at::TensorOptions().dtype(at::kByte));
+}
+
+// A linear layer's incoming gradient, where it already has the memory and dtype that kernels read.
+bool can_use_as_is(const ConvCall& call, const ConvBackward& back) {
+  return back.saved == nullptr && back.grad_output->scalar_type() == call.parameter_dtype() &&
+         back.grad_output->is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+}  // namespace
+
+template <typename T>
+at::Tensor draw_bias(const ConvCall& call, double* kl) {
+  const auto p = posterior_params<T>(call.bias);
+  at::Tensor drawn = at::empty({call.shape.num_samples, call.shape.K}, call.bias.loc->options());
+  for (int64_t s = 0; s < call.shape.num_samples; ++s) {
+    T* row = drawn.mutable_data_ptr<T>() + s * call.shape.K;
+    draw_sample(p, s, {row, dtype_of(drawn.scalar_type()), {0, 0, 0, 1}}, s == 0 ? kl : nullptr);
+  }
+  return drawn;
+}
+
+template <typename T>
+void forward_direct(const ConvCall& call, ConvOutputs* out) {
+  const auto& table = kernels<T>();
+  const auto p = posterior_params<T>(call.weight);
+  out->output = empty_output(call);
+  FpropParams f = {};
+  at::Tensor bias;
+  if (call.has_bias()) {
+    bias = draw_bias<T>(call, call.options.bias_kl ? &out->kl : nullptr);
+    f.bias = bias.const_data_ptr();
+  }
+  f.shape = call.shape;
+  f.dtype = dtype_of(call.compute_dtype);
+  f.input = call.input->const_data_ptr();
+  f.input_stride = image_strides(*call.input);
+  f.output = out->output.mutable_data_ptr();
+  f.output_stride = image_strides(out->output);
+  if (out->pre_activation.defined()) f.pre_activation = out->pre_activation.mutable_data_ptr();
+  f.activation = call.activation;
+  f.activation_param = call.options.activation_param;
+  if (out->weight.defined()) f.kept_weight = out->weight.mutable_data_ptr();
+  const bool with_kl = call.options.weight_kl && p.rho != nullptr;
+  std::optional<KlPartials<T>> partials;
+  if (with_kl) {
+    partials.emplace(p);
+    f.kl_partials = partials->data();
+  }
+  const Parallel parallel = parallel_loop();
+  const at::Tensor scratch = workspace(table.fprop_workspace(f, parallel.threads));
+  table.fprop(f, p, parallel, scratch.mutable_data_ptr());
+  if (with_kl) out->kl += partials->sum();
+}
+
+template <typename T>
+PreActivationGradient activation_backward_direct(const ConvCall& call, const ConvBackward& back) {
+  const auto& table = kernels<T>();
+  const ConvShape& s = call.shape;
+  ActivationGradParams a = {};
+  a.rows = s.output_rows();
+  a.P = s.P;
+  a.Q = s.Q;
+  a.K = s.K;
+  a.num_samples = s.num_samples;
+  a.dtype = dtype_of(call.compute_dtype);
+  a.grad_output = back.grad_output->const_data_ptr();
+  a.grad_output_stride = image_strides(*back.grad_output);
+  if (back.saved != nullptr) {
+    a.saved = back.saved->const_data_ptr();
+    a.saved_stride = image_strides(*back.saved);
+  }
+  a.activation = call.activation;
+  a.activation_param = call.options.activation_param;
+  const auto options = call.weight.loc->options();
+  PreActivationGradient out;
+  if (can_use_as_is(call, back)) {
+    out.grad = *back.grad_output;
+    if (!back.wants_bias) return out;
+  } else {
+    const at::Tensor nhwc = at::empty({a.rows, a.P, a.Q, a.K}, options);
+    out.grad = nhwc.permute({0, 3, 1, 2});
+    a.grad = nhwc.mutable_data_ptr();
+  }
+  if (back.wants_bias) {
+    out.grad_bias = at::empty({a.num_samples, a.K}, options);
+    a.grad_bias = out.grad_bias.mutable_data_ptr();
+  }
+  const Parallel parallel = parallel_loop();
+  const at::Tensor scratch = workspace(table.activation_grad_workspace(a, parallel.threads));
+  table.activation_grad(a, parallel, scratch.mutable_data_ptr());
+  return out;
+}
+
+template <typename T>
+void dgrad_direct(const ConvCall& call, const at::Tensor& grad, const at::Tensor& grad_input) {
+  const auto& table = kernels<T>();
+  DgradParams d = {};
+  d.shape = call.shape;
+  d.dtype = dtype_of(call.compute_dtype);
+  d.grad = grad.const_data_ptr();
+  d.grad_input = grad_input.mutable_data_ptr();
+  d.grad_input_stride = image_strides(grad_input);
+  const Parallel parallel = parallel_loop();
+  const at::Tensor scratch = workspace(table.dgrad_workspace(d, parallel.threads));
+  table.dgrad(d, posterior_params<T>(call.weight), parallel, scratch.mutable_data_ptr());
+}
+
+template <typename T>
+void wgrad_direct(const ConvCall& call, const at::Tensor& grad, const PosteriorGrads<T>& grads) {
+  const auto& table = kernels<T>();
+  WgradParams w = {};
+  w.shape = call.shape;
+  w.dtype = dtype_of(call.compute_dtype);
+  w.input = call.input->const_data_ptr();
+  w.input_stride = image_strides(*call.input);
+  w.grad = grad.const_data_ptr();
+  const Parallel parallel = parallel_loop();
+  const at::Tensor scratch = workspace(table.wgrad_workspace(w, parallel.threads));
+  table.wgrad(w, posterior_params<T>(call.weight), grads, parallel,
+              scratch.mutable_data_ptr());
+}
+
+template at::Tensor draw_bias<float>(const ConvCall&, double*);
+template at::Tensor draw_bias<double>(const ConvCall&, double*);
+template void forward_direct<float>(const ConvCall&, ConvOutputs*);
+template void forward_direct<double>(const ConvCall&, ConvOutputs*);
+template PreActivationGradient activation_backward_direct<float>(const ConvCall&,
+                                                                 const ConvBackward&);
+template PreActivationGradient activation_backward_direct<double>(const ConvCall&,
+                                                                  const ConvBackward&);
+template void dgrad_direct<float>(const ConvCall&, const at::Tensor&, const at::Tensor&);
+template void dgrad_direct<double>(const ConvCall&, const at::Tensor&, const at::Tensor&);
+template void wgrad_direct<float>(const ConvCall&, const at::Tensor&, const PosteriorGrads<float>&);
+template void wgrad_direct<double>(const ConvCall&, const at::Tensor&,
+                                   const PosteriorGrads<double>&);
+
+}  // namespace fbc
