@@ -363,15 +363,17 @@ def _main(root: str, folder: str) -> None:
     import threading
 
     def die_with_parent() -> None:
-        # The parent holds the other end of our stdin. When it is gone, so is the lock it held, and
-        # the next builder must not meet our ninja in the same folder: end the whole group.
-        sys.stdin.buffer.read()
-        os.killpg(0, signal.SIGKILL)
+        # The parent holds the other end of our standard input. When it is gone, so is the lock it
+        # held, and the next builder must not meet our ninja in the same folder. TERM, so that ninja
+        # ends its compilers, which it has put into groups of their own.
+        os.read(0, 1)
+        os.killpg(0, signal.SIGTERM)
 
     threading.Thread(target=die_with_parent, daemon=True).start()
-    build_spec(Path(root)).compile(Path(folder))
-    sys.stdout.flush()
-    os._exit(0)  # the watch above still reads stdin, and interpreter shutdown would wait for it
+    try:
+        build_spec(Path(root)).compile(Path(folder))
+    except (RuntimeError, ImportError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ sources at hand for this torch; a library built earlier and kept in the cache; a
 cache; the pure-PyTorch reference, with one warning. Importing this module does none of it.
 
 Note [Build cache]. A build runs in a process of its own, in the folder
-``<cache>/work-<environment>-<source tree>``, where object files stay, so that an edit recompiles little. The finished library is copied to
-``<cache>/<version>-torch<version>-<environment>-<sources>/``, and ``build.json`` is written last, by
-rename: a folder without it does not count. The whole is done under a lock file of ours, with a
-second look at the cache inside it. A killed build leaves a lock that the system has released, object
-files that ninja checks again, and torch's own ``lock`` file, which is removed while holding ours.
+``<cache>/work-<environment>-<source tree>``, where object files stay, so that an edit recompiles
+little. The finished library is copied to ``<version>-torch<version>-<environment>-<sources>``
+beside it, and ``build.json`` is written last, by rename: a folder without it does not count. The
+whole is done under a lock file of ours, with a second look at the cache inside it. A killed build
+leaves a lock that the system has released, object files that ninja checks again, and torch's own
+``lock`` file, which is removed while holding ours.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ __all__ = ["FastbconvBuildError", "build_info", "load"]
 _FULL_NAME = f"{__package__}.{_build.MODULE_NAME}"
 _RECORD = "build.json"
 _KEPT_LIBRARIES = 8
-_OUTPUT_TAIL = 6000
 
 
 @dataclass
@@ -119,6 +119,7 @@ def build_info() -> dict[str, Any]:
     if module is not None:
         info["cuda_reason"] = _build._cuda_support(_build.source_root() or Path())[1]
         info.update(module.build_info())
+        info.pop("stamp", None)
         info["cuda"] = bool(info["cuda"])
     info.update(
         built=_state.built,
@@ -170,7 +171,8 @@ def _find_library(config: Settings) -> None:
             _state.module = _import(library)
         except ImportError as error:
             # It was whole when it was built, so the file is damaged: the next start builds it anew.
-            (library.parent / _RECORD).unlink(missing_ok=True)
+            if kind == "jit":
+                (library.parent / _RECORD).unlink(missing_ok=True)
             _state.attempts.append(f"{kind}: {library} cannot be loaded ({error})")
         except FastbconvBuildError as error:
             _state.attempts.append(f"{kind}: {error}")
@@ -269,7 +271,7 @@ def _compile(spec: BuildSpec, work: Path) -> None:
         raise FastbconvBuildError("ninja is not on PATH: pip install ninja")
     print("fastbconv: compiling the native library (about a minute, once)", file=sys.stderr)
     code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
-    builder = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code, _build.__file__, str(spec.root), str(work)],
         stdin=subprocess.PIPE,  # never written: its end tells the builder that we are gone
         stdout=subprocess.PIPE,
@@ -279,20 +281,29 @@ def _compile(spec: BuildSpec, work: Path) -> None:
         cwd=work,
         env=environment,
         start_new_session=True,
-    )
-    assert builder.stdout is not None
-    try:
-        output = builder.stdout.read()
-        status = builder.wait()
-    finally:
-        # Whatever ended the wait, nothing may go on writing here once the lock is released.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(builder.pid, signal.SIGKILL)
-        builder.wait()
+    ) as builder:
+        assert builder.stdout is not None
+        try:
+            output = builder.stdout.read()  # until the builder has ended
+        finally:
+            # Whatever ended the wait, nothing may go on writing here once the lock is released. TERM
+            # and not KILL: ninja gives compilers process groups and ends them only when asked.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(builder.pid, signal.SIGTERM)
+            status = builder.wait()
     if status != 0:
-        raise FastbconvBuildError(
-            f"compiling in {work} failed with status {status}:\n{output[-_OUTPUT_TAIL:]}"
-        )
+        log = work / "build.log"
+        log.write_text(output)
+        raise FastbconvBuildError(f"compiling failed ({log}):\n{_essence(output)}")
+
+
+def _essence(output: str) -> str:
+    """The compiler's complaints without its command lines; the end of the output if it has none."""
+    lines = [line for line in output.splitlines() if " -MMD " not in line and line.strip()]
+    complaints = [
+        line for line in lines if "error" in line.lower() and "Error building" not in line
+    ]
+    return "\n".join(f"    {line}" for line in (complaints[:10] or lines[-10:]))
 
 
 def _publish(spec: BuildSpec, built: Path, folder: Path) -> None:
