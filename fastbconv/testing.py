@@ -1,8 +1,8 @@
 """Comparators, and the tolerance policy of tests and benchmarks.
 
-A result is judged against float64, and by the error that PyTorch itself makes at the same dtype from
-the same numbers: at most twice for a forward pass, three times for a gradient. There are no constants
-per dtype. A failure names the worst element and both values.
+A result is judged against float64, and by the error that PyTorch itself makes at the same dtype
+from the same numbers: at most twice for a forward pass, three times for a gradient. There are no
+constants per dtype. A failure names the worst element and both values.
 """
 
 from __future__ import annotations
