@@ -1,11 +1,22 @@
 """fastbconv: Bayesian convolutions for PyTorch at the cost of deterministic ones."""
 
-from . import activations, functional, noise
+from . import activations, functional, noise, regularizers
 from ._native import FastbconvBuildError, build_info
 from ._version import __version__
 from .kl import ScaleMixture
 from .layers.conv import BayesConv2d
 from .layers.linear import BayesLinear
+from .layers.tfp import (
+    ChannelsLast,
+    Convolution2DReparameterization,
+    DenseReparameterization,
+    apply_constraints,
+    default_loc_scale_fn,
+    default_mean_field_normal_fn,
+    default_multivariate_normal_fn,
+    posterior_mean,
+    posterior_sample,
+)
 from .models import (
     build,
     collect_kl,
@@ -21,14 +32,21 @@ from .selection import algorithm
 __all__ = [
     "BayesConv2d",
     "BayesLinear",
+    "ChannelsLast",
+    "Convolution2DReparameterization",
+    "DenseReparameterization",
     "FastbconvBuildError",
     "ScaleMixture",
     "__version__",
     "activations",
     "algorithm",
+    "apply_constraints",
     "build",
     "build_info",
     "collect_kl",
+    "default_loc_scale_fn",
+    "default_mean_field_normal_fn",
+    "default_multivariate_normal_fn",
     "fixed_sample",
     "functional",
     "kl_loss",
@@ -36,5 +54,8 @@ __all__ = [
     "mean_weights",
     "noise",
     "param_groups",
+    "posterior_mean",
+    "posterior_sample",
     "regularization_loss",
+    "regularizers",
 ]

@@ -64,7 +64,7 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         self._batch_input_shape = arguments.batch_input_shape(options)
         self._initial_weights = options.get("weights")
         self._fb_context = self._last = None
-        self._user_variables = False
+        self._user_variables: list[str] = []
         self.activation = (
             NamedActivation(activation or "linear")
             if activation is None or isinstance(activation, str)
@@ -154,7 +154,7 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
             self._parameters.clear()
             self._parameters.update(former)
             raise
-        self._user_variables = any(name not in former for name in self._records)
+        self._user_variables = [name for name in self._records if name not in former]
         ordered = {name: self._parameters.pop(name) for name in self._records}
         ordered.update(self._parameters)
         self._parameters.clear()
@@ -168,11 +168,10 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
     def _build_in_call(self, shape: torch.Size) -> None:
         self.build(tuple(shape))
         if self._user_variables and self.training and torch.is_grad_enabled():
-            names = [name for name, parameter in self._parameters.items() if parameter is not None]
             warnings.warn(
-                f"layer {self.name!r}: its variables {names} were made by functions of your own in "
-                "its first call; an optimiser made before that does not hold them. Call "
-                "layer.build(input_shape) or fastbconv.build(model, input_shape) first",
+                f"layer {self.name!r}: its variables {self._user_variables} were made by functions "
+                "of your own in its first call; an optimiser made before that does not hold them. "
+                "Call layer.build(input_shape) or fastbconv.build(model, input_shape) first",
                 stacklevel=6,
             )
 

@@ -39,6 +39,7 @@ _FACTORIES: Final[dict[type, Callable[..., Any]]] = {
     MeanFieldNormalFn: distributions.default_mean_field_normal_fn,
     LocScaleFn: distributions.default_loc_scale_fn,
 }
+_TORCH_MODULES: Final = ("torch", "torch.nn.functional", "torch.special")
 _REGISTERED: Final[dict[str, Callable[..., Any]]] = {}
 
 
@@ -178,14 +179,16 @@ def _deserialize_fields(config: dict[str, Any]) -> dict[str, Any]:
 def importable_name(function: Any) -> str | None:
     """``module:qualified_name`` where that leads back to this very object, else None."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if not module or not name or "<" in name:
-        return None
-    path = f"{module}:{name}"
-    try:
-        found = import_by_name("function", path)
-    except ValueError:
-        return None
-    return path if found is function else None
+    paths = [f"{module}:{name}"]
+    # PyTorch's built-in functions do not know their module.
+    paths += [f"{place}:{getattr(function, '__name__', '')}" for place in _TORCH_MODULES]
+    for path in paths:
+        try:
+            if import_by_name("function", path) is function:
+                return path
+        except ValueError:
+            continue
+    return None
 
 
 def import_by_name(argument: str, path: Any) -> Any:

@@ -28,6 +28,7 @@ from .tfp_initializers import Initializer, RandomNormal
 VariableFn = Callable[..., Tensor]
 # softplus(rho) for rho above this is rho to the last bit, in float64 too.
 _SOFTPLUS_THRESHOLD = 40.0
+_CALLED_PROPERTY = tuple(f"'{kind}' object is not callable" for kind in ("Tensor", "Parameter"))
 
 
 # --- distributions --------------------------------------------------------------------------------
@@ -378,7 +379,7 @@ def call_function(name: str, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except TypeError as error:
-        if "'Tensor' object is not callable" not in str(error):
+        if str(error) not in _CALLED_PROPERTY:
             raise
         raise TypeError(
             f"{name}: in PyTorch mean, stddev, variance and mode of a distribution are properties, "

@@ -53,11 +53,12 @@ class Sampler(nn.Module):
 
     _last: LastCall | None = None
 
-    def _is_built_in(self, part: Part) -> bool:
+    def _is_built_in(self, part: Part, mean: bool = False) -> bool:
         """Whether the operators can draw this part themselves."""
-        return type(getattr(self, f"{part}_posterior_fn")) is MeanFieldNormalFn and getattr(
-            self, f"{part}_posterior_tensor_fn"
-        ) in (distributions.posterior_sample, distributions.posterior_mean)
+        if type(getattr(self, f"{part}_posterior_fn")) is not MeanFieldNormalFn:
+            return False
+        tensor_fn = getattr(self, f"{part}_posterior_tensor_fn")
+        return mean or tensor_fn in (distributions.posterior_sample, distributions.posterior_mean)
 
     def _is_noisy(self, mean: bool) -> bool:
         """Whether a call needs a seed; without need the generator is left alone."""
@@ -88,9 +89,7 @@ class Sampler(nn.Module):
         self, part: Part, draw: Tensor | None, given: bool, mean: bool, held: dict[str, Tensor]
     ) -> Posterior:
         """What the operators use: (loc, rho), or (a sample by the user's functions, None)."""
-        if self._is_built_in(part) or (
-            mean and type(getattr(self, f"{part}_posterior_fn")) is MeanFieldNormalFn
-        ):
+        if self._is_built_in(part, mean):
             return self._built_in_posterior(part, mean)
         distribution = self._distribution(f"{part}_posterior")
         if mean:
@@ -132,8 +131,8 @@ class Sampler(nn.Module):
         if last is not None and part in last.tensors:
             return last.tensors[part]
         mean = last is not None and last.mean
-        if not self._is_built_in(part) and not mean:
-            return self._posterior_in_call(part, None, False, False, {})[0]
+        if not self._is_built_in(part, mean):
+            return self._posterior_in_call(part, None, False, mean, {})[0]
         loc, rho = self._built_in_posterior(part, mean)
         if rho is None:
             return loc

@@ -71,10 +71,12 @@ class VariableStore(nn.Module):
         parameter = UninitializedParameter(self._trainable, device=self._device, dtype=self._dtype)
         self.register_parameter(name, parameter)
 
-    def _check_variable_name(self, name: str) -> None:
+    def _check_variable_name(self, name: Any) -> None:
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"name: expected a non-empty string without dots, got {name!r}")
         if name in self._records:
             raise ValueError(f"name: expected a name not yet taken, got a second {name!r}")
-        if name not in self._parameters and hasattr(self, name):
+        if name in self.__dict__ or hasattr(type(self), name):
             raise ValueError(f"name: expected a name that is no attribute of a layer, got {name!r}")
 
     def add_variable(
