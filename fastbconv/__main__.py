@@ -25,10 +25,18 @@ def env() -> int:
     info["cuda"] = f"{'yes' if info['cuda'] else 'no'} ({info.pop('cuda_reason')})"
     width = max(map(len, info))
     for name, value in info.items():
-        print(f"{name.replace('_', ' '):<{width}}  {'-' if value is None else value}")
+        print(f"{name.replace('_', ' '):<{width}}  {_plain(value)}")
     for attempt in attempts:
         print(f"{'tried':<{width}}  {attempt}")
     return 0
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    return str(value)
 
 
 def _delegate(module: str, function: str, extra: str, arguments: Sequence[str]) -> int:

@@ -286,8 +286,8 @@ def _compile(spec: BuildSpec, work: Path) -> None:
         try:
             output = builder.stdout.read()  # until the builder has ended
         finally:
-            # Whatever ended the wait, nothing may go on writing here once the lock is released. TERM
-            # and not KILL: ninja gives compilers process groups and ends them only when asked.
+            # Whatever ended the wait, nothing may go on writing here once the lock is released.
+            # TERM, not KILL: ninja gives compilers process groups and ends them only when asked.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(builder.pid, signal.SIGTERM)
             status = builder.wait()
