@@ -56,14 +56,16 @@ OptionalTensor merge_taps(const OptionalTensor& parameter, at::IntArrayRef sizes
   return tensor == nullptr ? OptionalTensor() : OptionalTensor(merge_taps(*tensor, sizes));
 }
 
-PosteriorTensors posterior_tensors(const at::Tensor& loc, const OptionalTensor& rho,
+// The result points into the arguments. rho comes as a pointer: as an OptionalTensor a plain tensor
+// would be copied into a temporary that is gone on return.
+PosteriorTensors posterior_tensors(const at::Tensor& loc, const at::Tensor* rho,
                                    const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
                                    Doubles prior, double scale_floor) {
   expect_defined("loc", loc);
   expect_length("prior", 2, prior.size());
   PosteriorTensors t = {};
   t.loc = &loc;
-  t.rho = get_if_defined(rho);
+  t.rho = rho;
   t.prior_loc = get_if_defined(prior_loc);
   t.prior_scale = get_if_defined(prior_scale);
   t.prior_loc_value = prior[0];
@@ -114,7 +116,7 @@ Tensors2 sample_posterior_cpu(const at::Tensor& loc, const OptionalTensor& rho, 
                               Doubles prior, bool with_kl, double scale_floor, int64_t stream,
                               int64_t num_samples, int64_t offset_add, int64_t element_offset,
                               std::optional<at::ScalarType> dtype) {
-  PosteriorTensors t = posterior_tensors(loc, rho, prior_loc, prior_scale, prior, scale_floor);
+  PosteriorTensors t = posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
   set_noise(&t, seed, stream, offset_add, element_offset);
   const std::vector<int64_t> sizes = sample_sizes(loc, num_samples);
   if (loc.dim() > 4) {
@@ -181,7 +183,7 @@ Tensors4 sample_posterior_backward_cpu(const OptionalTensor& grad_sample,
                                        double scale_floor, int64_t stream, int64_t num_samples,
                                        int64_t offset_add, int64_t element_offset,
                                        std::array<bool, 4> mask) {
-  PosteriorTensors t = posterior_tensors(loc, rho, prior_loc, prior_scale, prior, scale_floor);
+  PosteriorTensors t = posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
   set_noise(&t, seed, stream, offset_add, element_offset);
   const std::vector<int64_t> sizes = sample_sizes(loc, num_samples);
   const at::Tensor* grad = get_if_defined(grad_sample);
@@ -201,7 +203,7 @@ Tensors4 sample_posterior_backward_cpu(const OptionalTensor& grad_sample,
 at::Tensor kl_normal_cpu(const at::Tensor& loc, const at::Tensor& rho, const OptionalTensor& prior_loc,
                          const OptionalTensor& prior_scale, Doubles prior, double scale_floor) {
   expect_defined("rho", rho);
-  const auto t = posterior_tensors(loc, rho, prior_loc, prior_scale, prior, scale_floor);
+  const auto t = posterior_tensors(loc, &rho, prior_loc, prior_scale, prior, scale_floor);
   if (loc.dim() > 4) {
     return kl_normal_cpu(merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
                          merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()),
@@ -218,7 +220,7 @@ Tensors4 kl_normal_backward_cpu(const at::Tensor& grad_kl, const at::Tensor& loc
                                 Doubles prior, double scale_floor, std::array<bool, 4> mask) {
   expect_defined("grad_kl", grad_kl);
   expect_defined("rho", rho);
-  const auto t = posterior_tensors(loc, rho, prior_loc, prior_scale, prior, scale_floor);
+  const auto t = posterior_tensors(loc, &rho, prior_loc, prior_scale, prior, scale_floor);
   if (loc.dim() <= 4) return backward_of_dtype(t, nullptr, &grad_kl, mask);
   const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] = kl_normal_backward_cpu(
       grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
