@@ -1,0 +1,194 @@
+"""Training one network: the step, the epoch, the checkpoint after each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fastbconv as fb
+
+from . import checkpoint, evaluate
+from .data import Dataset, Part
+from .model import ConvNet, weight_decay
+from .settings import Settings, Stage, TrainError
+
+VALIDATION_SAMPLES = 4
+
+
+@dataclass
+class Run:
+    """One network in training.
+
+    Attributes:
+        epoch: epochs that are done.
+        history: one dict per epoch: epoch, loss, nll, kl, validation_accuracy, seconds.
+    """
+
+    stage: Stage
+    settings: Settings
+    model: ConvNet
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def start(stage: Stage, settings: Settings, data: Dataset) -> Run:
+    """A network at its first weights; sets torch's seed."""
+    torch.manual_seed(settings.seed)
+    kind = "bayesian" if stage.bayesian else "deterministic"
+    model = ConvNet(kind, data.image_shape, len(data.classes), settings)
+    return Run(stage, settings, model, make_optimizer(model, settings.lr))
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Adam, the same for every network; its decay is off, the prior is in the loss."""
+    return torch.optim.Adam(fb.param_groups(model, lr), fused=True)
+
+
+def learning_rate(settings: Settings, step: int, num_steps: int) -> float:
+    """Half a cosine from ``lr`` to zero: a function of the step alone, so nothing to save."""
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+def data_order(settings: Settings, epoch: int, count: int) -> Iterator[Tensor]:
+    """The batches of an epoch: a function of seed and epoch alone, the same for every network."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+    yield from torch.randperm(count, generator=generator).split(settings.batch_size)
+
+
+def loss_terms(
+    stage: Stage, settings: Settings, model: nn.Module, images: Tensor, labels: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a step, mean NLL + beta * KL / count, with its NLL and its KL (nats, a sum).
+
+    The KL comes out of the fused forward pass, and equals ``fastbconv.kl_loss(model)``. A
+    deterministic network has none; where the stage asks for its prior, the negative log density of
+    the weights takes the place of the KL in the loss.
+    """
+    with fb.collect_kl(model) as collected:
+        nll = F.cross_entropy(model(images), labels)
+    kl = collected.sum() if stage.bayesian else torch.zeros(())
+    loss = nll + stage.beta / count * kl
+    if not stage.bayesian and stage.beta > 0:
+        loss = nll + stage.beta / count * weight_decay(model, settings.prior_scale)
+    return loss, nll, kl
+
+
+def train_step(
+    run: Run, images: Tensor, labels: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward, backward, update; returns loss, NLL and KL without their graph."""
+    run.optimizer.zero_grad(set_to_none=True)
+    terms = loss_terms(run.stage, run.settings, run.model, images, labels, count)
+    terms[0].backward()
+    run.optimizer.step()
+    return tuple(term.detach() for term in terms)
+
+
+def train_epoch(run: Run, part: Part, bar: Callable[[int], Any]) -> dict[str, float]:
+    """One pass over the training images; ``bar`` is told the images that are done."""
+    settings, count = run.settings, len(part)
+    steps = math.ceil(count / settings.batch_size)
+    sums = torch.zeros(3, dtype=torch.float64)
+    run.model.train()
+    for index, batch in enumerate(data_order(settings, run.epoch, count)):
+        rate = learning_rate(settings, run.epoch * steps + index, settings.epochs * steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        terms = torch.stack(train_step(run, *part.batch(batch), count))
+        sums += terms.double() * len(batch)
+        bar(len(batch))
+    loss, nll, kl = (sums / count).tolist()
+    if not math.isfinite(loss):
+        raise TrainError(
+            f"{run.stage.name}, epoch {run.epoch + 1}: expected a finite loss, got {loss}; "
+            f"a lower --lr than {settings.lr:g} may help"
+        )
+    return {"loss": loss, "nll": nll, "kl": kl}
+
+
+def train(run: Run, data: Dataset, path: Path, say: Callable[[str], None]) -> None:
+    """Trains to the last epoch, with a checkpoint at ``path`` after each."""
+    settings, stage = run.settings, run.stage
+    while run.epoch < settings.epochs:
+        began = time.perf_counter()
+        with tqdm(
+            total=len(data.train),
+            desc=f"{stage.name} {run.epoch + 1}/{settings.epochs}",
+            unit="img",
+            leave=False,
+            disable=None,  # no bar where nobody watches: a file, a pipe
+            mininterval=0.2,
+        ) as bar:
+            row = train_epoch(run, data.train, bar.update)
+        row["validation_accuracy"] = validation_accuracy(run, data.validation)
+        row["seconds"] = time.perf_counter() - began
+        run.epoch += 1
+        run.history.append({"epoch": run.epoch, **row})
+        save(run, path)
+        say(epoch_line(run))
+
+
+def validation_accuracy(run: Run, part: Part) -> float:
+    """Of the mean probability of a few samples; draws nothing from the global generator."""
+    log_probabilities = evaluate.predict(run.model, part, VALIDATION_SAMPLES, seed=0)
+    return evaluate.accuracy(evaluate.log_mean(log_probabilities), part.labels)
+
+
+def epoch_line(run: Run) -> str:
+    """The result of the last epoch in one line."""
+    row = run.history[-1]
+    return (
+        f"{run.stage.name:<22} epoch {row['epoch']:3.0f}/{run.settings.epochs}  "
+        f"loss {row['loss']:9.4f}  nll {row['nll']:7.4f}  kl {row['kl']:9.0f}  "
+        f"validation accuracy {row['validation_accuracy']:6.2%}  {row['seconds']:6.2f} s"
+    )
+
+
+def save(run: Run, path: Path) -> None:
+    """Everything that the next epoch depends on."""
+    checkpoint.save(
+        path,
+        {
+            "stage": run.stage.name,
+            "settings": run.settings.to_dict(),
+            "epoch": run.epoch,
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "generators": checkpoint.generators(),
+            "history": run.history,
+        },
+    )
+
+
+def resume(run: Run, path: Path) -> None:
+    """Puts a run that ``start`` made where its checkpoint is; restores the generators.
+
+    Raises:
+        TrainError: the file is damaged, or belongs to another network or other settings.
+    """
+    content = checkpoint.load(path)
+    if content["stage"] != run.stage.name or content["settings"] != run.settings.to_dict():
+        raise TrainError(
+            f"{path}: expected network {run.stage.name!r} with the settings of this run, "
+            f"got {content['stage']!r} with {content['settings']}"
+        )
+    try:
+        run.model.load_state_dict(content["model"])
+        run.optimizer.load_state_dict(content["optimizer"])
+        run.epoch, run.history = int(content["epoch"]), list(content["history"])
+        checkpoint.restore_generators(content["generators"])
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise TrainError(
+            f"{path}: expected the state of {run.stage.name!r}, got another ({reason})"
+        ) from None
