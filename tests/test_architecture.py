@@ -30,7 +30,8 @@ ALLOWED = {
     "contexts": "",
     "regularizers": "",
     "kl": "activations",
-    "ops": "_native activations",
+    "_transforms": "",  # the torch.func path of each operator
+    "ops": "_native _transforms activations",
     "noise": "ops",  # the native generator, asked for by name only
     "selection": "ops",
     "reference": "noise kl activations",

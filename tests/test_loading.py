@@ -1,0 +1,249 @@
+"""Which library is chosen, what is said when there is none, what ``build_info`` and env tell."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fake_project import ROOT, FakeProject
+
+import fastbconv
+from fastbconv import __main__ as command
+from fastbconv import _build, _native
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> FakeProject:
+    return FakeProject(tmp_path)
+
+
+# The environment
+
+
+def test_settings_defaults(tmp_path: Path) -> None:
+    found = _build.settings({"XDG_CACHE_HOME": str(tmp_path)})
+    assert found == _build.Settings("auto", tmp_path / "fastbconv", None, True)
+
+
+def test_settings_are_read() -> None:
+    given = {
+        "FASTBCONV_BACKEND": "Native",
+        "FASTBCONV_CACHE": "~/elsewhere",
+        "FASTBCONV_ISA": "avx2",
+        "FASTBCONV_AOT": "0",
+    }
+    found = _build.settings(given)
+    assert found == _build.Settings("native", Path.home() / "elsewhere", "avx2", False)
+
+
+@pytest.mark.parametrize("name", ["FASTBCONV_BACKEND", "FASTBCONV_ISA", "FASTBCONV_AOT"])
+def test_wrong_value_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: expected one of .*, got 'fast'"):
+        _build.settings({name: "fast"})
+
+
+def test_wrong_value_stops_the_first_use(project) -> None:
+    status, _, err = project.run(FASTBCONV_BACKEND="fast")
+    assert status != 0
+    assert "FASTBCONV_BACKEND: expected one of auto, native, reference, got 'fast'" in err
+
+
+def test_cache_without_a_home(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "missing"))
+    assert str(os.getuid()) in _build.settings({}).cache.name
+
+
+# Choosing
+
+
+def test_reference_by_request_is_silent(project) -> None:
+    code = "from fastbconv import _native; assert _native.load() is None; print(_native.load())"
+    assert project.run(code, FASTBCONV_BACKEND="reference") == (0, "None\n", "")
+    assert not project.cache.exists()
+
+
+def test_instruction_set_is_limited(project) -> None:
+    code = "from fastbconv import _native; _native.load()"
+    assert "limited to avx2" in project.run(code, FASTBCONV_ISA="avx2")[1]
+
+
+def test_module_has_one_name(project) -> None:
+    code = """
+import sys
+from fastbconv import _native
+module = _native.load()
+import fastbconv._C
+assert fastbconv._C is module is sys.modules['fastbconv._C'] is _native.load()
+assert module.__name__ == 'fastbconv._C'
+"""
+    status, _, err = project.run(code)
+    assert status == 0, err
+
+
+def test_native_on_request_says_what_was_tried(project) -> None:
+    project.write("csrc/cpu/kernel.cpp", "int kernel() { return undeclared_name; }\n")
+    code = """
+from fastbconv import _native
+for attempt in range(2):
+    try:
+        _native.load()
+    except _native.FastbconvBuildError as error:
+        message = str(error)
+print(message)
+"""
+    status, out, err = project.run(code, FASTBCONV_BACKEND="native")
+    assert status == 0, err
+    assert "jit: compiling failed" in out
+    assert "undeclared_name" in out, "the compiler's own words"
+    assert "FASTBCONV_BACKEND=reference" in out
+    assert err.count("compiling") == 1, "a failure is remembered"
+
+
+def test_cache_that_cannot_be_written(project, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code = "from fastbconv import _native; _native.load()"
+    status, _, err = project.run(
+        code, FASTBCONV_BACKEND="native", FASTBCONV_CACHE=str(tmp_path / "file" / "cache")
+    )
+    assert status != 0
+    assert "cannot write the build cache" in err
+    assert "Set FASTBCONV_CACHE" in err
+
+
+def test_missing_ninja_is_named(project, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere" / "python"))
+    spec = _build.build_spec(project.csrc)
+    monkeypatch.setenv("PATH", str(project.tools))
+    with pytest.raises(
+        _native.FastbconvBuildError, match="ninja is not on PATH: pip install ninja"
+    ):
+        _native.ensure_built(spec, tmp_path / "cache")
+
+
+def test_missing_compiler_is_named(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with pytest.raises(_native.FastbconvBuildError, match=r"no C\+\+ compiler: .* or set CXX"):
+        _build.build_spec()
+
+
+def test_without_a_compiler_one_warning_and_the_reference(tmp_path: Path) -> None:
+    for name in ("fastbconv", "csrc"):
+        ignore = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    code = """
+import warnings, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    import fastbconv
+    weight, x = torch.randn(3, 2, 3, 3), torch.randn(2, 2, 5, 5)
+    rho = torch.full_like(weight, -3.0)
+    for _ in range(2):
+        y, kl = fastbconv.functional.bayes_conv2d(x, weight, rho, seed=1, return_kl=True)
+assert y.shape == (2, 3, 3, 3) and y.isfinite().all() and kl > 0
+assert fastbconv.build_info()['built'] == 'reference'
+(warning,) = [w for w in caught if 'fastbconv' in str(w.message)]
+print(warning.category.__name__, warning.message)
+"""
+    environment = {**os.environ, "PATH": str(tmp_path), "FASTBCONV_CACHE": str(tmp_path / "cache")}
+    environment.pop("CXX", None)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("RuntimeWarning using the slow PyTorch reference")
+    assert "no C++ compiler: 'c++' is not on PATH" in run.stdout
+
+
+# CUDA
+
+
+@pytest.mark.parametrize(
+    ("release", "torch_cuda", "expected"),
+    [
+        ("13.2", "13.0", (True, "nvcc 13.2")),
+        ("12.4", "13.0", (False, "nvcc 12.4 and torch's CUDA 13.0 have different major versions")),
+        (None, "13.0", (False, "nvcc is not on PATH and CUDA_HOME has none")),
+        ("13.2", None, (False, f"torch {torch.__version__} is built without CUDA")),
+    ],
+)
+def test_cuda_support_and_its_reason(
+    release, torch_cuda, expected, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "kernel.cu").touch()
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    if release is not None:
+        nvcc.write_text(
+            f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n"
+        )
+        nvcc.chmod(0o755)
+    which = shutil.which
+    # Of the machine's own CUDA nothing is seen.
+    monkeypatch.setattr(
+        shutil, "which", lambda name, path=None: which(name, path=str(tmp_path / "bin"))
+    )
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    assert _build._cuda_support(tmp_path) == expected
+
+
+def test_version_without_cuda_kernels(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert _build._cuda_support(tmp_path) == (False, "this version has no CUDA kernels")
+
+
+# What is told
+
+
+def test_build_info() -> None:
+    info = fastbconv.build_info()
+    assert info["version"] == fastbconv.__version__
+    assert info["torch"] == torch.__version__
+    assert info["built"] in ("prebuilt", "jit"), info["attempts"]
+    assert info["source_hash"] == _build.build_spec().source_hash
+    assert info["isa"] in _build.ISAS
+    assert info["compiler"]
+    assert isinstance(info["cuda"], bool)
+    assert info["cuda_reason"]
+    assert info["threads"] == 2
+    assert Path(info["library"]).exists()
+    stamp = _build.read_stamp(Path(info["library"]))
+    assert stamp == {"source_hash": info["source_hash"], "torch": info["torch"]}
+
+
+def test_env_command() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "fastbconv", "env"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    for row in ("version", "torch", "compiler", "isa", "threads", "built", "cache", "cuda"):
+        assert re.search(rf"^{row} +[^-\s]", run.stdout, flags=re.MULTILINE), row
+
+
+def test_env_command_says_why_there_is_no_library(project) -> None:
+    code = "from fastbconv.__main__ import main; raise SystemExit(main(['env']))"
+    status, out, err = project.run(code, CXX="no-such-compiler")
+    assert (status, err) == (0, "")
+    assert re.search(r"^built +reference", out, flags=re.MULTILINE)
+    assert "no C++ compiler: 'no-such-compiler' is not on PATH" in out
+
+
+def test_commands(capsys, monkeypatch) -> None:
+    assert command.main([]) == 0
+    assert "usage" in capsys.readouterr().out
+    assert command.main(["fly"]) == 2
+    assert "command: expected env, train or bench, got 'fly'" in capsys.readouterr().err
+
+    def missing(name: str):
+        raise ModuleNotFoundError(f"No module named {name!r}", name="tqdm")
+
+    monkeypatch.setattr(command.importlib, "import_module", missing)
+    assert command.main(["train"]) == 2
+    assert "tqdm is not installed" in (error := capsys.readouterr().err)
+    assert "pip install 'fastbconv[train]'" in error
