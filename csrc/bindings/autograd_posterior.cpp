@@ -123,6 +123,16 @@ struct RefuseDoubleBackward : torch::autograd::Node {
   std::string op_;
 };
 
+// Nodes are held by shared_ptr up to torch 2.11 and by intrusive_ptr since; the type of an edge tells.
+template <typename NodeType, typename Pointer = decltype(torch::autograd::Edge::function)>
+Pointer make_node(const std::string& op) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    return Pointer(new NodeType(op), torch::autograd::deleteNode);
+  } else {
+    return c10::make_intrusive<NodeType>(op);
+  }
+}
+
 // Boxed: one kernel for all of them. It is passed on the way only where a graph is recorded or traced.
 void backward_op_autograd(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const std::string name = op.schema().name();
@@ -138,7 +148,7 @@ void backward_op_autograd(const c10::OperatorHandle& op, torch::jit::Stack* stac
     op.callBoxed(stack);
   }
   if (!record) return;
-  auto node = c10::make_intrusive<RefuseDoubleBackward>(name);
+  const auto node = make_node<RefuseDoubleBackward>(name);
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
   for (const c10::IValue& result : torch::jit::last(*stack, op.schema().returns().size())) {
     at::Tensor grad = result.toTensor();
