@@ -127,7 +127,7 @@ struct RefuseDoubleBackward : torch::autograd::Node {
 template <typename NodeType, typename Pointer = decltype(torch::autograd::Edge::function)>
 Pointer make_node(const std::string& op) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return Pointer(new NodeType(op), torch::autograd::deleteNode);
+    return Pointer(new NodeType(op));
   } else {
     return c10::make_intrusive<NodeType>(op);
   }
