@@ -16,6 +16,7 @@ from .layers.tfp import (
     default_multivariate_normal_fn,
     posterior_mean,
     posterior_sample,
+    register_function,
 )
 from .models import (
     build,
@@ -27,7 +28,7 @@ from .models import (
     param_groups,
     regularization_loss,
 )
-from .selection import algorithm
+from .selection import algorithm, explain
 
 __all__ = [
     "BayesConv2d",
@@ -47,6 +48,7 @@ __all__ = [
     "default_loc_scale_fn",
     "default_mean_field_normal_fn",
     "default_multivariate_normal_fn",
+    "explain",
     "fixed_sample",
     "functional",
     "kl_loss",
@@ -56,6 +58,7 @@ __all__ = [
     "param_groups",
     "posterior_mean",
     "posterior_sample",
+    "register_function",
     "regularization_loss",
     "regularizers",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _arguments, activations, kl, noise, reference, selection
+from . import _arguments, activations, kl, noise, ops, reference, selection
 from .kl import NormalPrior, Prior
 
 
@@ -110,8 +110,6 @@ def monte_carlo_kl(
 def backend(tensor: Tensor) -> ModuleType:
     if not selection.use_native(tensor):
         return reference
-    from . import ops
-
     return ops
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Final
 
 import torch
@@ -372,12 +372,10 @@ def weight_eps(
     return _from_element_order(flat, tuple(weight_shape))
 
 
-def _native_ops(device: torch.device):
-    """fastbconv.ops where the native library serves this device."""
-    if device.type != "cpu":
+def _native_ops(device: torch.device) -> ModuleType | None:
+    """fastbconv.ops where the native library serves this device, and no transform is active."""
+    if device.type != "cpu" or torch._C._are_functorch_transforms_active():
         return None
-    try:
-        from . import ops
-    except ImportError:
-        return None
+    from . import ops
+
     return ops if ops.available() else None

@@ -6,11 +6,15 @@ of a thread or of Python.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
+
+from . import _arguments, _native, ops
+from ._arguments import IntPair, PaddingLike
 
 Algorithm = Literal["auto", "direct", "winograd2", "winograd4", "library", "reference"]
 
@@ -78,18 +82,87 @@ class algorithm:
         CHOICE.name, CHOICE.keep_weight = self._former
 
 
-@torch.compiler.assume_constant_result
-def native_available() -> bool:
-    """Whether the operators are there; loads the native library at the first call."""
-    try:
-        from . import ops
-    except ImportError:
-        return False
-    return ops.available()
-
-
 def use_native(tensor: Tensor) -> bool:
     """Whether a call on this tensor goes to the operators, else to the reference."""
     if CHOICE.name == "reference" or tensor.device.type not in ("cpu", "meta"):
         return False
-    return native_available()
+    return ops.available()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One kernel that could serve a call.
+
+    Attributes:
+        direction: "fprop", "dgrad" or "wgrad".
+        algorithm: its name in :class:`algorithm`.
+        available: whether it can compute this problem.
+        chosen: whether "auto" takes it.
+        reason: why it cannot, or was passed over; None where there is nothing to say.
+    """
+
+    direction: str
+    algorithm: str
+    available: bool
+    chosen: bool
+    reason: str | None
+
+
+def explain(
+    input: Tensor,
+    weight: Tensor,
+    *,
+    stride: IntPair = 1,
+    padding: PaddingLike = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    num_samples: int = 1,
+    share_input: bool = False,
+) -> list[Candidate]:
+    """The kernels that could serve a convolution, best first in each direction, with reasons.
+
+    Args:
+        input: (N, C, H, W); shape, dtype and memory format count, values do not (meta is fine).
+        weight: (K, C/groups, R, S).
+        stride: as in functional.bayes_conv2d, like all that follows.
+        padding: see there.
+        dilation: see there.
+        groups: see there.
+        num_samples: see there.
+        share_input: see there.
+
+    Returns:
+        One entry per direction and algorithm; the reference alone without a native library.
+
+    Raises:
+        ValueError: shapes or values that do not fit.
+
+    Example:
+        >>> rows = explain(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))
+        >>> all(row.available for row in rows if row.chosen)
+        True
+    """
+    _arguments.conv_tensors(input, weight, None, None, None, groups)
+    native = _native.load()
+    if native is None:
+        reason = "there is no native library; see fastbconv.build_info()"
+        names = ("fprop", "dgrad", "wgrad")
+        return [Candidate(name, "reference", True, True, reason) for name in names]
+    steps = _arguments.pair("stride", stride), _arguments.pair("dilation", dilation)
+    extent, filter = tuple(input.shape[2:]), tuple(weight.shape[2:])
+    form = _arguments.padding_form(padding)
+    layout = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    rows = native.explain_conv(
+        list(input.shape),
+        list(weight.shape),
+        stride=steps[0],
+        padding=_arguments.resolve_padding(form, extent, filter, *steps),
+        dilation=steps[1],
+        groups=groups,
+        num_samples=num_samples,
+        share_input=share_input,
+        dtype=str(input.dtype).removeprefix("torch."),
+        channels_last=layout,
+    )
+    names = ("direction", "algorithm", "available", "chosen", "reason")
+    return [Candidate(*(row[name] for name in names)) for row in rows]

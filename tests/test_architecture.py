@@ -33,7 +33,7 @@ ALLOWED = {
     "_transforms": "",  # the torch.func path of each operator
     "ops": "_native _transforms activations",
     "noise": "ops",  # the native generator, asked for by name only
-    "selection": "ops",
+    "selection": "_arguments _native ops",
     "reference": "noise kl activations",
     "_call": "_arguments activations kl noise ops reference selection",
     "functional": "_arguments _call activations kl noise ops reference selection",

@@ -66,7 +66,7 @@ def test_integer_gradients_are_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", cases.SMALL)
+@pytest.mark.parametrize("name", cases.RATIO)
 def test_forward_is_as_accurate_as_pytorch(name: str, dtype: torch.dtype) -> None:
     a = cases.parse(name).arguments(dtype)
     exact = plain_bconv2d(a, torch.float64)
@@ -77,7 +77,7 @@ def test_forward_is_as_accurate_as_pytorch(name: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", cases.SMALL)
+@pytest.mark.parametrize("name", cases.RATIO)
 def test_gradients_are_as_accurate_as_pytorch(name: str, dtype: torch.dtype) -> None:
     a = cases.parse(name).arguments(dtype)
     a.activation = "linear" if a.activation == "relu" else a.activation  # no kink to flip
@@ -147,10 +147,9 @@ def test_what_is_fused(activation, name: str) -> None:
     resolved = activations.resolve(activation)
     assert (resolved.name, resolved.fn) == (name, None)
     z = torch.linspace(-4, 4, 9)
-    function = activations.resolve(activation)
     expected = z if activation is None or isinstance(activation, str) else activation(z.clone())
     if not isinstance(activation, str):
-        assert_close(activations.apply(function.id, z, function.param), expected, 1e-6, 1e-7)
+        assert_close(activations.apply(resolved.id, z, resolved.param), expected, 1e-6, 1e-7)
 
 
 @pytest.mark.parametrize("module", [torch.nn.LeakyReLU(-0.1), torch.nn.ELU(-1.0), torch.nn.PReLU()])
@@ -391,7 +390,7 @@ def test_low_precision_parameters_are_upcast_with_one_warning() -> None:
 
 
 def test_double_precision_gradcheck() -> None:
-    a = cases.parse("n2c4h4w4_k4r2s2_g2_p1x0x0x1_m2_bb_gelu").arguments(torch.float64)
+    a = cases.parse("n2c2h3w3_k2r2s2_g2_p1x0x0x1_m2_bb_gelu").arguments(torch.float64)
     names = list(a.leaves())
 
     def function(*leaves):

@@ -215,7 +215,8 @@ class BayesLayer(nn.Module):
             if seed is None:
                 seed, generator = _rank_seed(generator, input.device), None
             seed = noise.seed_tensor(seed, input.device)
-            self._last_draw = (seed.detach(), num_samples)
+            if not torch._C._functorch.is_functorch_wrapped_tensor(seed):  # must not outlive it
+                self._last_draw = (seed.detach(), num_samples)
         output = function(
             input,
             self.weight,
