@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import doctest
+import importlib
 import inspect
 import json
 from typing import Any
@@ -231,3 +233,11 @@ def test_public_names() -> None:
         "regularizers",
     ):
         assert hasattr(fastbconv, name), name
+
+
+@pytest.mark.parametrize(
+    "module", ["tfp", "tfp_channels_last", "tfp_config", "tfp_distributions", "tfp_initializers"]
+)
+def test_docstring_examples(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"fastbconv.layers.{module}"))
+    assert result.failed == 0

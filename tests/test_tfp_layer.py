@@ -152,6 +152,35 @@ def test_divergence_results_are_recorded_as_they_are() -> None:
         unbuilt.kl_loss()
 
 
+def test_the_fused_pass_builds_no_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Conv(3, 3, **RANDOM_BIAS)
+    layer.build((None, 5, 5, 2))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a distribution was built")
+
+    monkeypatch.setattr(torch.distributions.Distribution, "__init__", refuse)
+    with fb.collect_kl(layer) as kl:
+        y = layer(torch.randn(2, 5, 5, 2))
+    (y.sum() + kl.sum() + sum(layer.losses)).backward()
+    with pytest.raises(AssertionError, match="was built"):
+        _ = layer.kernel_posterior
+
+
+def test_backward_keeps_no_noise_and_no_sample() -> None:
+    """Saved: input, parameters and the 16-byte seed."""
+    layer = Conv(6, 3, padding="same")
+    x = torch.randn(2, 7, 7, 4, requires_grad=True)
+    layer.build(tuple(x.shape))
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, id):
+        y = layer(x)
+    allowed = {t.data_ptr() for t in (x, y, *layer.parameters())}
+    others = [pointer for pointer in saved if pointer not in allowed]
+    # One more: the seed. The reference is plain PyTorch and saves what that saves.
+    assert len(others) <= 1 or not fb.build_info()["library"]
+
+
 # --- noise ----------------------------------------------------------------------------------------
 
 

@@ -244,3 +244,32 @@ def test_compiles_in_one_graph_and_draws_the_same_noise() -> None:
     torch.manual_seed(0)
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(got, want)
+
+
+def test_on_the_meta_device_and_back() -> None:
+    with torch.device("meta"):
+        layer = Conv(3, 3, **RANDOM_BIAS)
+    y = layer(torch.empty(2, 5, 5, 2, device="meta"))
+    assert (y.shape, y.device.type) == ((2, 3, 3, 3), "meta")
+    source = Conv(3, 3, **RANDOM_BIAS)
+    source.build((None, 5, 5, 2))
+    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    x = torch.randn(2, 5, 5, 2)
+    assert torch.equal(layer(x, seed=1), source(x, seed=1))
+
+
+def test_vmap_over_seeds() -> None:
+    layer = Dense(2)
+    x = torch.randn(3, 4)
+    layer.build(tuple(x.shape))
+    parameters = dict(layer.named_parameters())
+    seeds = torch.arange(6).reshape(3, 2)
+
+    def call(seed: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,), {"seed": seed})
+
+    got = torch.func.vmap(call)(seeds)
+    torch.testing.assert_close(got, torch.stack([layer(x, seed=seed) for seed in seeds]))
+    torch.func.vmap(call)(seeds)
+    assert layer.losses[0].ndim == 0  # nothing of the transform is left on the layer
+    assert layer.kernel_posterior_tensor.shape == (4, 2)

@@ -1,4 +1,22 @@
-"""The TFP face: layers of ``tfp.layers`` with their documented arguments, order and defaults."""
+"""The TFP face: layers of ``tfp.layers`` with their documented arguments, order and defaults.
+
+Recorded behaviour of TFP that is deliberately not followed:
+
+* Layers of equal shape start from equal values there (one set of numbers per shape), so that a
+  trainable prior starts at KL 0. Here every variable is drawn independently.
+* The default divergence of plain elementwise distributions is an unsummed tensor there, and a mix
+  with Independent ones has no KL. Here both give the sum.
+* ``losses`` are computed in the call there and keep its values. Here divergences are computed when
+  they are read: they follow the variables, and nothing is held.
+* A dilated layer remembers the size of its first input there, and a second ``build`` adds more
+  variables. Here inputs may change their size, and building again does nothing.
+* Values and shapes are checked in the constructor here, some at build or in the call there;
+  filters=0 and 0 input channels are ValueErrors. bfloat16 works. A float16 layer computes through
+  float32.
+* Configurations hold marshalled byte code there, which fails on loading; here they are JSON.
+* ``dtype`` is a torch dtype, and ``mean`` and ``stddev`` of a distribution are properties, as
+  everywhere in PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -234,6 +252,7 @@ class Convolution2DReparameterization(VariationalConv):
         ValueError, TypeError: an argument that does not fit, at construction.
 
     Example:
+        >>> import torch
         >>> layer = Convolution2DReparameterization(64, kernel_size=5, padding="SAME")
         >>> y = layer(torch.randn(2, 32, 32, 3))
         >>> tuple(y.shape), len(layer.losses)
@@ -323,6 +342,7 @@ class DenseReparameterization(VariationalDense):
         inputs: (N, ..., in). output: (N, ..., units). kernel variables: (in, units).
 
     Example:
+        >>> import torch
         >>> layer = DenseReparameterization(10)
         >>> tuple(layer(torch.randn(4, 7)).shape)
         (4, 10)

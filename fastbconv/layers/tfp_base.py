@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbconv import activations, noise, regularizers
+from fastbconv import activations, regularizers
 from fastbconv.contexts import LayerContext
 
 from . import tfp_arguments as arguments
 from . import tfp_distributions as distributions
-from ._base import _rank_seed
 from .tfp_config import Configurable, NamedActivation
 from .tfp_distributions import MeanFieldNormalFn, VariableFn
 from .tfp_keras import KerasSurface, layer_name
@@ -256,16 +255,8 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         mean = context is not None and context.mode == "mean" and seed is None
         if context is not None and context.mode == "seed" and seed is None:
             seed = context.seed
-        given = seed is not None
-        draw = noise.seed_tensor(seed, x.device) if given else None
-        if draw is None and self._is_noisy(mean):
-            draw = _rank_seed(None, x.device)
         held: dict[str, Tensor] = {}
-        posteriors = {
-            part: self._posterior_in_call(part, draw, given, mean, held)
-            for part in PARTS
-            if getattr(self, f"{part}_posterior_fn") is not None
-        }
+        posteriors, draw = self._draw_posteriors(seed, mean, x.device, held)
         wants_kl = context is not None and context.wants_kl
         priors = {
             part: self._closed_prior(part)

@@ -22,6 +22,7 @@ class ChannelsLast(nn.Module):
         as the module gives them.
 
     Example:
+        >>> import torch
         >>> pool = ChannelsLast(nn.MaxPool2d(2))
         >>> tuple(pool(torch.randn(1, 8, 6, 3)).shape)
         (1, 4, 3, 3)

@@ -74,6 +74,7 @@ def register_function(name: str) -> Callable[[Callable[..., Any]], Callable[...,
         ValueError: the name is taken by another function.
 
     Example:
+        >>> import torch
         >>> @register_function("my_package.unit_laplace_prior")
         ... def unit_laplace_prior(dtype, shape, name, trainable, add_variable_fn):
         ...     return torch.distributions.Laplace(torch.zeros(shape, dtype=dtype), 1.0)

@@ -318,7 +318,9 @@ def default_mean_field_normal_fn(
         ``fn(dtype, shape, name, trainable, add_variable_fn)`` that returns an Independent normal.
 
     Example:
-        >>> layer = fb.DenseReparameterization(10, bias_posterior_fn=default_mean_field_normal_fn())
+        >>> from fastbconv import DenseReparameterization
+        >>> random_bias = default_mean_field_normal_fn()
+        >>> layer = DenseReparameterization(10, bias_posterior_fn=random_bias)
     """
     return MeanFieldNormalFn(
         is_singular,

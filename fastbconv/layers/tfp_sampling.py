@@ -27,6 +27,13 @@ Part = Literal["kernel", "bias"]
 Posterior = tuple[Tensor, Tensor | None]
 PARTS: Final[tuple[Part, ...]] = ("kernel", "bias")
 STREAMS: Final[dict[Part, str]] = {"kernel": "weight", "bias": "bias"}
+# Names spelled once: the forward pass of a small layer is short.
+_POSTERIOR_FN: Final[dict[Part, str]] = {part: f"{part}_posterior_fn" for part in PARTS}
+_TENSOR_FN: Final[dict[Part, str]] = {part: f"{part}_posterior_tensor_fn" for part in PARTS}
+_VARIABLES: Final[dict[Part, tuple[str, str]]] = {
+    part: (f"{part}_posterior_loc", f"{part}_posterior_untransformed_scale") for part in PARTS
+}
+_BUILT_IN_TENSOR_FNS: Final = (distributions.posterior_sample, distributions.posterior_mean)
 
 
 @dataclass
@@ -55,42 +62,48 @@ class Sampler(nn.Module):
 
     def _is_built_in(self, part: Part, mean: bool = False) -> bool:
         """Whether the operators can draw this part themselves."""
-        if type(getattr(self, f"{part}_posterior_fn")) is not MeanFieldNormalFn:
+        if type(getattr(self, _POSTERIOR_FN[part])) is not MeanFieldNormalFn:
             return False
-        tensor_fn = getattr(self, f"{part}_posterior_tensor_fn")
-        return mean or tensor_fn in (distributions.posterior_sample, distributions.posterior_mean)
+        return mean or getattr(self, _TENSOR_FN[part]) in _BUILT_IN_TENSOR_FNS
 
-    def _is_noisy(self, mean: bool) -> bool:
-        """Whether a call needs a seed; without need the generator is left alone."""
-        if mean:
-            return False
-        for part in PARTS:
-            function = getattr(self, f"{part}_posterior_fn")
-            if function is None:
-                continue
-            fixed = self._is_built_in(part) and (
-                function.is_singular
-                or getattr(self, f"{part}_posterior_tensor_fn") is distributions.posterior_mean
-            )
-            if not fixed:
-                return True
-        return False
+    def _draw_posteriors(
+        self, seed: int | Tensor | None, mean: bool, device: torch.device, held: dict[str, Tensor]
+    ) -> tuple[dict[Part, Posterior], Tensor | None]:
+        """What the operators use of each part, and the seed of its noise.
+
+        A part is (loc, rho), or (a sample by the user's functions, None), which goes to ``held``
+        too. Without need of noise no seed is drawn: PyTorch's generator is left alone.
+        """
+        found: dict[Part, Posterior | None] = {
+            part: self._built_in_posterior(part, mean) if self._is_built_in(part, mean) else None
+            for part in PARTS
+            if getattr(self, _POSTERIOR_FN[part]) is not None
+        }
+        given = seed is not None
+        draw = noise.seed_tensor(seed, device) if given else None
+        if not (given or mean) and any(p is None or p[1] is not None for p in found.values()):
+            draw = _rank_seed(None, device)
+        posteriors = {
+            part: (self._sample_by_functions(part, draw, given, mean, held), None)
+            if posterior is None
+            else posterior
+            for part, posterior in found.items()
+        }
+        return posteriors, draw
 
     def _built_in_posterior(self, part: Part, mean: bool) -> Posterior:
         """(loc, rho) of a built-in posterior; rho None where its mean is used."""
-        function = getattr(self, f"{part}_posterior_fn")
-        tensor_fn = getattr(self, f"{part}_posterior_tensor_fn")
-        loc = getattr(self, f"{part}_posterior_loc")
-        if mean or function.is_singular or tensor_fn is distributions.posterior_mean:
+        loc_name, rho_name = _VARIABLES[part]
+        loc = getattr(self, loc_name)
+        fixed = mean or getattr(self, _TENSOR_FN[part]) is distributions.posterior_mean
+        if fixed or getattr(self, _POSTERIOR_FN[part]).is_singular:
             return loc, None
-        return loc, getattr(self, f"{part}_posterior_untransformed_scale")
+        return loc, getattr(self, rho_name)
 
-    def _posterior_in_call(
+    def _sample_by_functions(
         self, part: Part, draw: Tensor | None, given: bool, mean: bool, held: dict[str, Tensor]
-    ) -> Posterior:
-        """What the operators use: (loc, rho), or (a sample by the user's functions, None)."""
-        if self._is_built_in(part, mean):
-            return self._built_in_posterior(part, mean)
+    ) -> Tensor:
+        """The sample of a part through its distribution and tensor function."""
         distribution = self._distribution(f"{part}_posterior")
         if mean:
             value = distribution.mean
@@ -106,7 +119,7 @@ class Sampler(nn.Module):
                 )
         shape = self._shape_of(part, self._channels)
         held[part] = arguments.sample_tensor(f"{part}_posterior_tensor_fn", value, shape)
-        return held[part].to(self._dtype), None
+        return held[part].to(self._dtype)
 
     def _give_noise(self, distribution: Any, part: Part, draw: Tensor) -> None:
         """Lets a built-in posterior draw from the layer's seed: the noise of the fused path."""
@@ -132,7 +145,7 @@ class Sampler(nn.Module):
             return last.tensors[part]
         mean = last is not None and last.mean
         if not self._is_built_in(part, mean):
-            return self._posterior_in_call(part, None, False, mean, {})[0]
+            return self._sample_by_functions(part, None, False, mean, {})
         loc, rho = self._built_in_posterior(part, mean)
         if rho is None:
             return loc
