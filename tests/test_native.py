@@ -22,7 +22,7 @@ FLAGS = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
 ]
-PROGRAMS = {"test_posterior": [], "test_conv": ["250"]}
+PROGRAMS = {"test_math": [], "test_posterior": [], "test_conv": ["250"]}
 
 
 def compiler() -> str:

@@ -24,12 +24,26 @@ FBC_INLINE T weight_from_eps(T loc, T scale, T eps) {
   return fused_multiply_add(scale, eps, loc);
 }
 
+// log(1 + f) = f + f^2 * tail(f) as in log1p_tail(), but exact at f = 0 and of degree 7: the divergence
+// of a scale near the prior's is a difference of f^2 and f^2 * tail, where log1p_tail() would leave
+// 3.5e-6 of it as error.
+FBC_INLINE float kl_log1p_tail(float f) {
+  float q = 0.0878131241f;
+  q = fused_multiply_add(q, f, -0.141764507f);
+  q = fused_multiply_add(q, f, 0.148416057f);
+  q = fused_multiply_add(q, f, -0.165868461f);
+  q = fused_multiply_add(q, f, 0.199716240f);
+  q = fused_multiply_add(q, f, -0.250011504f);
+  q = fused_multiply_add(q, f, 0.333336651f);
+  return fused_multiply_add(q, f, -0.5f);
+}
+
 // 1/2 (r^2 - 1) - log r >= 0. Near r = 1 both halves are r - 1 to first order and would cancel, so
-// with r = 1 + f their difference f^2 (1/2 - tail) is formed directly.
+// with r = 1 + f their difference f^2 (1/2 - tail) is formed directly. Relative error below 5e-7.
 FBC_INLINE float kl_scale_term(float r) {
   const SplitFloat s = split_at_sqrt2(r);
   const float f = s.fraction;
-  const float tail = log1p_tail(f);
+  const float tail = kl_log1p_tail(f);
   const float near_one = f * f * (0.5f - tail);
   const float log_r = fused_multiply_add(s.exponent, kLogOfTwo, fused_multiply_add(f * f, tail, f));
   const float far = fused_multiply_add(0.5f * r, r, -0.5f) - log_r;
