@@ -165,8 +165,9 @@ def mean_weights(model: nn.Module) -> Iterator[None]:
 def build(model: nn.Module, input_shape: Sequence[int | None]) -> nn.Module:
     """Materialises lazy layers by one pass over zeros, and returns the model.
 
-    The pass leaves no trace: no noise is drawn, no gradient recorded, ``training`` flags, buffers
-    of normalisation layers and random generators stay as they are.
+    The pass leaves no trace: no noise is drawn, no gradient recorded, ``training`` flags and buffers
+    of normalisation layers stay as they are. Only the first values of what is materialised come from
+    PyTorch's generator, so that two models built one after the other start apart.
 
     Args:
         model: any module.
@@ -188,11 +189,13 @@ def build(model: nn.Module, input_shape: Sequence[int | None]) -> nn.Module:
     image = torch.zeros([1 if size is None else size for size in input_shape], dtype=dtype)
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(), mean_weights(model):
+        with torch.no_grad(), mean_weights(model):
             model(image.to(device))
     finally:
         for module, training in flags:
             module.training = training
+            if hasattr(module, "_forget_last_call"):
+                module._forget_last_call()
     return model
 
 

@@ -224,6 +224,12 @@ def test_user_functions_obey_the_seed(posterior: Any) -> None:
     assert layer.kernel_posterior_untransformed_scale.grad.abs().sum() > 0
 
 
+def test_models_built_one_after_the_other_start_apart() -> None:
+    first, second = (fb.build(nn.Sequential(Dense(8)), (None, 8)) for _ in range(2))
+    assert not torch.equal(first[0].kernel_posterior_loc, second[0].kernel_posterior_loc)
+    assert fb.losses(first) == []  # building is no call
+
+
 def test_whole_model_contexts() -> None:
     model = nn.Sequential(
         Conv(3, 3, padding="same", **RANDOM_BIAS),
