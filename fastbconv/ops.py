@@ -171,13 +171,12 @@ def _fake_bconv2d(
         _extent(width, left + right, filter_w, stride[1], dilation[1]),
     )
     output = _empty_image(shape, input)
-    none = input.new_empty((0,))
     kept = input.new_empty((num_samples, filters, filter_h, filter_w, channels))
     return (
         output,
         weight_loc.new_empty(()),
-        torch.empty_like(output) if save_pre_activation else none,
-        kept.permute(0, 1, 4, 2, 3) if keep_weight else none,
+        torch.empty_like(output) if save_pre_activation else input.new_empty((0,)),
+        kept.permute(0, 1, 4, 2, 3) if keep_weight else input.new_empty((0,)),
     )
 
 

@@ -150,8 +150,10 @@ Tensors9 backward(const ConvCall& call, ConvBackward back, double grad_kl,
   }
   const PosteriorGradients w = weight_done ? weight.finish()
                                            : finish_posterior(call.weight, &weight, conv.weight);
-  const at::Tensor none = empty_gradient(*call.weight.loc);
-  PosteriorGradients b = {none, none, none, none};
+  PosteriorGradients b;
+  for (at::Tensor* grad : {&b.loc, &b.rho, &b.prior_loc, &b.prior_scale}) {
+    *grad = empty_gradient(*call.weight.loc);  // results of an operator share no memory
+  }
   if (call.has_bias()) {
     GradientBinder<T> bias(call.bias, {mask[3], mask[4], mask[7], mask[8]}, o.bias_kl ? grad_kl : 0);
     b = finish_posterior(call.bias, &bias, conv.bias);

@@ -1,0 +1,301 @@
+"""The operators as PyTorch sees them: registration, fakes, compile, autocast, torch.func."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import op_samples as samples
+import pytest
+import torch
+from op_samples import ALGORITHMS, LIBRARY, RELU, SILU, options, tensors
+from torch import Tensor
+
+from fastbconv import ops
+
+samples.native()
+NAMES = sorted(
+    name.removeprefix("fastbconv::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("fastbconv::")
+)
+LAYOUTS = {"contiguous": False, "channels_last": True}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def op(name: str) -> Any:
+    return getattr(torch.ops.fastbconv, name).default
+
+
+def _conv_samples() -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
+    for dtype in DTYPES:
+        for layout, channels_last in LAYOUTS.items():
+            for N in (0, 1, 2):
+                name = f"{str(dtype)[6:]}-{layout}-batch{N}"
+                yield name, tensors(N, dtype=dtype, channels_last=channels_last), options()
+    yield "linear-no-bias", tensors(bias="none"), options(activation=0)
+    yield "silu-kept", tensors(prior="trainable"), options(activation=SILU, keep_weight=True)
+    yield "samples", tensors(4, bias="point"), options(num_samples=2, save_pre_activation=True)
+    yield "shared", tensors(2, prior="tensor"), options(num_samples=3, share_input=True)
+    yield "empty-output", tensors(2, H=2, R=5), options(padding=[1, 1, 1, 1])
+
+
+def _samples() -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
+    """(operator, name of the sample, args, kwargs)."""
+    for name, args, kwargs in _conv_samples():
+        yield "bconv2d", name, tuple(args), kwargs
+        backward_args, backward_kwargs = samples.backward_arguments(args, kwargs)
+        yield "bconv2d_backward", name, tuple(backward_args), backward_kwargs
+    seed = samples.noise_seed()
+    for dtype in (torch.float32, torch.float64):
+        loc, rho, *priors = samples.posterior(dtype)
+        kwargs = samples.draw_options(num_samples=2)
+        yield "sample_posterior", str(dtype), (loc, rho, seed, *priors), kwargs
+        kl = {"prior": [0.0, 1.0], "scale_floor": samples.FLOOR}
+        yield "kl_normal", str(dtype), (loc, rho, *priors), kl
+        flat = [t.detach() for t in (loc, rho, *priors)]
+        grad, one = torch.ones(2, *loc.shape, dtype=dtype), torch.ones((), dtype=dtype)
+        mask = {"output_mask": [True] * 4}
+        rest = {k: v for k, v in kwargs.items() if k not in ("with_kl", "dtype")}
+        args = (grad, one, flat[0], flat[1], seed, *flat[2:])
+        yield "sample_posterior_backward", str(dtype), args, {**rest, **mask}
+        yield "kl_normal_backward", str(dtype), (one, *flat), {**kl, **mask}
+    yield "standard_normal", "plain", (seed, 37), {"stream": 0, "sample": 1, "element_offset": 3}
+    counter, key = torch.arange(12).reshape(3, 4), torch.arange(6).reshape(3, 2)
+    yield "philox4x32_10", "plain", (counter, key), {}
+
+
+SAMPLES = list(_samples())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_operator_is_complete(name: str) -> None:
+    qualified = f"fastbconv::{name}"
+    quoted = " ".join(inspect.getsource(ops).split())
+    schema = str(op(name)._schema).replace("fastbconv::", "").replace(".default", "")
+    # Results without a name print as such; text wrapping may add a blank after a bracket.
+    assert schema.replace(" ", "") in quoted.replace(" ", ""), schema
+    assert torch._library.simple_registry.singleton.find(qualified).fake_impl.kernel is not None
+    for key in ("CPU", "Autograd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key), key
+    assert name in {sample[0] for sample in SAMPLES}
+
+
+def test_names_are_those_of_the_contract() -> None:
+    differentiable = ["bconv2d", "kl_normal", "sample_posterior"]
+    backward = [f"{name}_backward" for name in differentiable]
+    assert sorted(differentiable + backward + ["philox4x32_10", "standard_normal"]) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"),
+    [pytest.param(s[0], s[2], s[3], id=f"{s[0]}-{s[1]}") for s in SAMPLES],
+)
+def test_opcheck(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    torch.library.opcheck(op(name), args, kwargs)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS.keys())
+@pytest.mark.parametrize(
+    "shape", [(2, 6, 5, 7), (1, 1, 5, 7), (2, 6, 1, 1), (1, 1, 1, 1), (0, 6, 5, 7)]
+)
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("filters", [1, 4])
+def test_fake_and_native_agree_on_strides(
+    algorithm: int, shape: tuple[int, ...], permuted: bool, filters: int
+) -> None:
+    N, C, H, W = shape
+    args = tensors(N, C, H, W, filters, grad=False)
+    if permuted:  # an arbitrary view: neither contiguous nor channels_last
+        args[0] = args[0].transpose(2, 3).contiguous().transpose(2, 3)
+    kwargs = options(
+        algorithm=algorithm, keep_weight=True, save_pre_activation=True, activation=SILU
+    )
+    got = [_layout(t) for t in ops.bconv2d(*args, **kwargs)]
+    meta = [None if t is None else t.to("meta") for t in args]
+    assert got == [_layout(t) for t in ops.bconv2d(*meta, **kwargs)]
+    backward_args, backward_kwargs = samples.backward_arguments(args, kwargs)
+    got = [_layout(t) for t in op("bconv2d_backward")(*backward_args, **backward_kwargs)]
+    meta = [None if t is None else t.to("meta") for t in backward_args]
+    assert got == [_layout(t) for t in op("bconv2d_backward")(*meta, **backward_kwargs)]
+
+
+def test_meta_among_real_tensors_is_refused() -> None:
+    args = tensors(grad=False)
+    args[1] = args[1].to("meta")
+    with pytest.raises(ValueError, match="expected all on one device, got cpu, meta"):
+        ops.bconv2d(*args, **options())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS.keys())
+@pytest.mark.parametrize("channels_last", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_output_has_the_layout_of_the_input_and_never_of_the_weight(
+    algorithm: int, channels_last: bool
+) -> None:
+    args = tensors(channels_last=channels_last)
+    for index in (1, 2):  # parameters in the other layout
+        other = torch.contiguous_format if channels_last else torch.channels_last
+        args[index] = args[index].detach().contiguous(memory_format=other).requires_grad_()
+    output = ops.bconv2d(*args, **options(algorithm=algorithm))[0]
+    wanted = torch.channels_last if channels_last else torch.contiguous_format
+    assert output.is_contiguous(memory_format=wanted)
+    output.sum().backward()
+    assert args[0].grad.is_contiguous(memory_format=wanted)
+    assert args[1].grad.stride() == args[1].stride()
+    assert args[2].grad.stride() == args[2].stride()
+
+
+@pytest.mark.parametrize("algorithm", [2, 3])
+def test_algorithms_without_a_kernel_say_what_exists(algorithm: int) -> None:
+    name = {2: "winograd2", 3: "winograd4"}[algorithm]
+    with pytest.raises(NotImplementedError, match=f"{name}.*use 'direct', 'library' or 'auto'"):
+        ops.bconv2d(*tensors(), **options(algorithm=algorithm))
+
+
+def test_deterministic_algorithms_exclude_the_library() -> None:
+    question = {
+        "stride": [1, 1], "padding": [1] * 4, "dilation": [1, 1], "groups": 1, "num_samples": 1,
+        "share_input": False, "dtype": "float32", "channels_last": False,
+    }  # fmt: skip
+
+    def chosen() -> set[str]:
+        rows = samples.native().explain_conv([8, 64, 8, 8], [64, 64, 3, 3], **question)
+        return {row["algorithm"] for row in rows if row["chosen"]}
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "library" not in chosen()
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+# compile
+
+
+class _Counter:
+    """A backend that counts graphs and runs them through AOTAutograd."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        from torch._dynamo.backends.debugging import aot_eager
+
+        self.graphs += 1
+        return aot_eager(graph, inputs)
+
+
+def _step(x: Tensor, loc: Tensor, rho: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    args = (x, loc, rho, None, None, seed, None, None, None, None)
+    output, kl, _, _ = ops.bconv2d(*args, **options(activation=SILU))
+    return output, kl
+
+
+def test_compile_has_the_noise_of_eager_and_does_not_recompile() -> None:
+    torch._dynamo.reset()
+    counter = _Counter()
+    compiled = torch.compile(_step, fullgraph=True, dynamic=True, backend=counter)
+    for index, N in enumerate((8, 9, 10, 12)):
+        seed = torch.tensor([11, index])
+        results = []
+        for function in (_step, compiled):
+            x, loc, rho = tensors(N)[:3]
+            output, kl = function(x, loc, rho, seed)
+            (output.square().sum() + kl).backward()
+            results.append((output, kl, x.grad, loc.grad, rho.grad))
+        for eager, traced in zip(*results, strict=True):
+            assert torch.equal(eager, traced)
+    assert counter.graphs == 1
+
+
+def test_the_default_compiler_runs_it_in_one_graph() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(_step, fullgraph=True)
+    args = [*tensors()[:3], samples.noise_seed()]
+    assert torch.equal(compiled(*args)[0], _step(*args)[0])
+
+
+# autocast and torch.func
+
+
+def test_autocast_casts_the_activation_only() -> None:
+    args = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, kl, _, weight = ops.bconv2d(*args, **options(keep_weight=True))
+    assert (output.dtype, kl.dtype, weight.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    plain = [args[0].detach().bfloat16(), *args[1:]]
+    expected, expected_kl, _, _ = ops.bconv2d(*plain, **options())
+    assert torch.equal(output, expected)
+    assert torch.equal(kl, expected_kl)
+    draw = ops.sample_posterior(*args[1:3], args[5], None, None, **samples.draw_options())[0]
+    assert torch.equal(weight, draw.bfloat16())  # rounded once, from the float32 weight
+    output.float().sum().backward()
+    assert [t.grad.dtype for t in args[:5]] == [torch.float32] * 5
+
+
+def _loss(x: Tensor, loc: Tensor, rho: Tensor, seed: Tensor, activation: int = RELU) -> Tensor:
+    args = (x, loc, rho, None, None, seed, None, None, None, None)
+    output, kl, _, _ = ops.bconv2d(*args, **options(activation=activation))
+    return output.square().sum() + kl
+
+
+@pytest.mark.parametrize("activation", [0, RELU, SILU])
+def test_func_grad_equals_autograd(activation: int) -> None:
+    x, loc, rho = tensors()[:3]
+    seed = samples.noise_seed()
+    expected = torch.autograd.grad(_loss(x, loc, rho, seed, activation), (x, loc, rho))
+    detached = [t.detach() for t in (x, loc, rho)]
+    got = torch.func.grad(_loss, argnums=(0, 1, 2))(*detached, seed, activation)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_vmap_over_seeds_inputs_and_parameters() -> None:
+    x, loc, rho = (t.detach() for t in tensors(2)[:3])
+    seeds = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    drawn = torch.vmap(lambda seed: _step(x, loc, rho, seed)[0])(seeds)
+    assert torch.equal(drawn, torch.stack([_step(x, loc, rho, seed)[0] for seed in seeds]))
+    seed = samples.noise_seed()
+    per_example = torch.vmap(torch.func.grad(_loss, 1), (0, None, None, None))(
+        x[:, None], loc, rho, seed
+    )
+    expected = torch.stack([torch.func.grad(_loss, 1)(row[None], loc, rho, seed) for row in x])
+    assert torch.equal(per_example, expected)
+    locs = torch.stack([loc, loc + 1.0])
+    outputs = torch.vmap(lambda one: _step(x, one, rho, seed)[0])(locs)
+    assert torch.equal(outputs[1], _step(x, loc + 1.0, rho, seed)[0])
+    of_all = torch.func.grad(lambda v: torch.vmap(lambda s: _loss(x, v, rho, s))(seeds).sum())(loc)
+    one_by_one = sum(torch.func.grad(_loss, 1)(x, loc, rho, seed) for seed in seeds)
+    torch.testing.assert_close(of_all, one_by_one)
+
+
+def test_functional_call() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc, self.rho = (torch.nn.Parameter(t.detach()) for t in tensors()[1:3])
+
+        def forward(self, x: Tensor, seed: Tensor) -> Tensor:
+            return _loss(x, self.loc, self.rho, seed)
+
+    layer, x, seed = Layer(), tensors()[0].detach(), samples.noise_seed()
+    params = {name: value.detach() for name, value in layer.named_parameters()}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x, seed)))(params)
+    layer(x, seed).backward()
+    assert torch.equal(grads["rho"], layer.rho.grad)
+
+
+def test_library_refuses_nothing_that_direct_does() -> None:
+    """Float16 and an image of nothing but padding included."""
+    for dtype in (*DTYPES, torch.float16):
+        for shape in ((2, 6, 5, 7), (2, 6, 0, 7)):
+            args = tensors(*shape, dtype=dtype)
+            outputs = [ops.bconv2d(*args, **options(algorithm=a))[0] for a in ALGORITHMS.values()]
+            torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
+    assert LIBRARY in ALGORITHMS.values()
