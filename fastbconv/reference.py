@@ -221,7 +221,7 @@ def _conv(
 def _outside_autocast(input: Tensor) -> Iterator[torch.dtype]:
     """Yields the dtype to compute in; inside, autocast is off: parameters and KL stay float32."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         yield input.dtype
         return
     cast = input.dtype if input.dtype == torch.float64 else torch.get_autocast_dtype(device)

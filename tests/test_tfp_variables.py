@@ -216,6 +216,20 @@ def test_moving_to_another_dtype(built: bool) -> None:
     assert custom.weights[0].dtype == torch.float64
 
 
+def test_autocast_casts_the_activation_only() -> None:
+    layer = Conv(3, 3, activity_regularizer="l2")
+    x = torch.randn(2, 5, 5, 2)
+    layer.build(tuple(x.shape))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, seed=1)
+        assert y.dtype == layer(x.bfloat16(), seed=1).dtype == torch.bfloat16
+    assert [loss.dtype for loss in layer.losses] == [torch.float32] * 2
+    assert layer.kernel_posterior_loc.dtype == torch.float32
+    torch.testing.assert_close(y.float(), layer(x, seed=1), rtol=0.02, atol=0.02)
+    (y.float().sum() + layer.kl_loss()).backward()
+    assert layer.kernel_posterior_untransformed_scale.grad.dtype == torch.float32
+
+
 def test_functional_call_and_checkpoint() -> None:
     layer = Conv(3, 3)
     x = torch.randn(1, 5, 5, 2)

@@ -306,8 +306,9 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         arguments.check_rank(self.name, inputs.shape, self.input_spec)
         if inputs.dtype == self._dtype or not self._autocast:
             return inputs
+        device = inputs.device.type
         narrow = inputs.dtype in (torch.float16, torch.bfloat16)
-        if narrow and torch.is_autocast_enabled(inputs.device.type):
+        if narrow and device != "meta" and torch.is_autocast_enabled(device):
             return inputs  # the operator casts under autocast; a detour through float32 is waste
         return inputs.to(self._dtype)
 

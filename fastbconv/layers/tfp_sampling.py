@@ -169,7 +169,11 @@ class Sampler(nn.Module):
 
     @property
     def kernel_posterior_tensor(self) -> Tensor | None:
-        """The kernel of the last call, (*window, C, filters), made again from its seed."""
+        """The kernel of the last call, (*window, C, filters).
+
+        Made again from the call's seed and the present variables; the very tensor of the call where
+        the user's own functions drew it.
+        """
         return self._sample_after_call("kernel")
 
     @property
@@ -185,9 +189,18 @@ def seeded_generator(seed: Tensor | None) -> Iterator[None]:
         yield
         return
     key, offset = seed.tolist()
-    devices = [] if seed.device.type == "cpu" else [seed.device]
-    with torch.random.fork_rng(devices, device_type=seed.device.type if devices else "cuda"):
-        # The CPU generator reads 32 bits of its seed: mix the 128 of ours into those.
-        mixed = (key * 0x9E3779B97F4A7C15 ^ offset * 0xC2B2AE3D27D4EB4F) % 2**64
-        torch.manual_seed((mixed >> 32) ^ (mixed & 0xFFFFFFFF))
+    # The CPU generator reads 32 bits of its seed: mix the 128 of ours into those.
+    mixed = (key * 0x9E3779B97F4A7C15 ^ offset * 0xC2B2AE3D27D4EB4F) % 2**64
+    value = (mixed >> 32) ^ (mixed & 0xFFFFFFFF)
+    if seed.device.type == "cpu":
+        with torch.random.fork_rng(()):
+            torch.default_generator.manual_seed(value)
+            yield
+        return
+    # torch.manual_seed would seed the generators of all devices, and only ours is put back.
+    module = torch.get_device_module(seed.device)
+    with torch.random.fork_rng([seed.device], device_type=seed.device.type):
+        torch.default_generator.manual_seed(value)
+        with module.device(seed.device):
+            module.manual_seed(value)
         yield
