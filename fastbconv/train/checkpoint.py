@@ -44,6 +44,12 @@ def write_atomically(path: Path, write: Any) -> None:
             os.close(folder)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the unfinished files of a process that was killed while it wrote."""
+    for temporary in folder.rglob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -52,6 +58,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Writes JSON atomically; numbers that are not finite are refused."""
     write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds the process-wide generators of torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
 
 
 def generators() -> dict[str, Any]:

@@ -178,7 +178,9 @@ def _run(given: dict[str, Any], out: Path, resuming: bool) -> None:
 def _locked(settings: Settings, found: data.Dataset, out: Path, resuming: bool) -> None:
     """Trains and reports, alone in the folder."""
     torch.set_num_threads(settings.threads)
-    if not resuming:
+    if resuming:
+        checkpoint.remove_leftovers(out)
+    else:
         _keep_former(out)
         checkpoint.write_json(out / SETTINGS_FILE, settings.to_dict())
     _say(found.describe())

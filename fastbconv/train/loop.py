@@ -42,8 +42,8 @@ class Run:
 
 
 def start(stage: Stage, settings: Settings, data: Dataset) -> Run:
-    """A network at its first weights; sets torch's seed."""
-    torch.manual_seed(settings.seed)
+    """A network at its first weights; seeds the generators of torch, NumPy and Python."""
+    checkpoint.seed_generators(settings.seed)
     kind = "bayesian" if stage.bayesian else "deterministic"
     model = ConvNet(kind, data.image_shape, len(data.classes), settings)
     return Run(stage, settings, model, make_optimizer(model, settings.lr))

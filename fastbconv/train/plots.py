@@ -78,7 +78,8 @@ def reliability(
             confidence, accuracy, count = bins
             error = evaluation.metrics[strength].calibration_error
             colour = _COLOURS.get(name)
-            panel.plot(confidence, accuracy, color=colour, label=f"{name}, error {error:.3f}")
+            panel.plot(confidence, accuracy, color=colour, lw=0.8, alpha=0.4)
+            panel.scatter([], [], s=30, color=colour, label=f"{name}, error {error:.3f}")
             panel.scatter(confidence, accuracy, s=4 + 200 * count / count.sum(), color=colour)
         title = "clean test images" if strength == 0 else f"pixel noise {strength:g}"
         panel.set(title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))

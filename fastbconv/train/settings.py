@@ -112,6 +112,6 @@ def stages(settings: Settings) -> list[Stage]:
             Stage("held-out-deterministic", "deterministic, without", False, 0.0, True),
         ],
     }
-    if beta == 1.0:
+    if beta == 1.0 and "bayesian" in settings.networks:
         found["elbo"] = []  # it is the first network
     return [stage for name in NETWORKS if name in settings.networks for stage in found[name]]
