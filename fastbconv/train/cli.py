@@ -43,17 +43,10 @@ def _number(
     return parse
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastbconv train",
-        description="Trains a Bayesian convolutional network and what it is compared with: the "
-        "deterministic network trained alike, that with the prior as weight decay, KL weight 1, "
-        "and both kinds without two classes. Reports accuracy, NLL, calibration and entropy on "
-        "clean and noisy test images, and the cost of a step.",
-    )
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """The fields of Settings as options; absent unless given, so that --resume sees what was."""
 
     def setting(flag: str, text: str, default: str | None = None, **options: Any) -> None:
-        # Absent unless given, so that --resume can tell what was asked for.
         name = flag[2:].replace("-", "_")
         shown = getattr(_DEFAULTS, name) if default is None else default
         help_text = f"{text} (default: {shown})"
@@ -106,6 +99,17 @@ def _parser() -> argparse.ArgumentParser:
         f"torch's, {torch.get_num_threads()}",
         type=count,
     )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastbconv train",
+        description="Trains a Bayesian convolutional network and what it is compared with: the "
+        "deterministic network trained alike, that with the prior as weight decay, KL weight 1, "
+        "and both kinds without two classes. Reports accuracy, NLL, calibration and entropy on "
+        "clean and noisy test images, and the cost of a step.",
+    )
+    _add_settings(parser)
     parser.add_argument(
         "--out",
         type=Path,
