@@ -215,13 +215,20 @@ def test_each_header_compiles_alone(path: Path, standard: str, tmp_path: Path) -
     assert "warning" not in run.stderr, run.stderr
 
 
+def others() -> list[Path]:
+    """Sources outside package and csrc: tests and benchmarks."""
+    folders = (ROOT / "tests", ROOT / "benchmarks")
+    found = (path for folder in folders for path in folder.rglob("*"))
+    return sorted(path for path in found if path.suffix in {".py", ".cpp", ".h"})
+
+
 def ceiling(path: Path) -> int:
     return 300 if path.suffix in (".h", ".cuh") else 400
 
 
 @pytest.mark.parametrize(
     "path",
-    [*modules(), *native_files(*_build._HASHED_SUFFIXES), *sorted((ROOT / "tests").rglob("*.py"))],
+    [*modules(), *native_files(*_build._HASHED_SUFFIXES), *others()],
     ids=short,
 )
 def test_files_stay_under_their_ceiling(path: Path) -> None:
