@@ -141,7 +141,9 @@ def plain_bconv2d(
     """The layer as ten lines of PyTorch, consuming the kernels' own noise.
 
     With float64 it is the yardstick; with the dtype of the input it is what PyTorch itself makes of
-    the same numbers. The sampled weight is rounded to the dtype of the input in both.
+    the same numbers. The sampled weight is rounded to the dtype of the input in both. A 16-bit
+    convolution is computed as PyTorch means to, summed in float32 and rounded once: on CPU its own
+    gives wrong numbers for wide strides and narrow outputs (pytorch/pytorch issues 163347, 169688).
 
     Args:
         arguments: the call.
@@ -160,17 +162,17 @@ def plain_bconv2d(
         if bias is not None:
             bias = _plain_draw(bias, t.get("bias_rho"), arguments.seed, s, "bias").to(dtype)
         x = F.pad(x, (left, right, top, bottom))
-        outputs.append(
-            F.conv2d(
-                x,
-                weight.to(dtype),
-                bias,
-                arguments.stride,
-                0,
-                arguments.dilation,
-                arguments.groups,
-            )
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        y = F.conv2d(
+            x.to(wide),
+            weight.to(dtype).to(wide),
+            None if bias is None else bias.to(wide),
+            arguments.stride,
+            0,
+            arguments.dilation,
+            arguments.groups,
         )
+        outputs.append(y.to(dtype))
     resolved = activations.resolve(arguments.activation, channel_dim=1)
     z = torch.cat(outputs)
     return resolved.fn(z) if resolved.fn else activations.apply(resolved.id, z, resolved.param)

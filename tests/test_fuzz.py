@@ -8,7 +8,13 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import fastbconv as fb
-from fastbconv.testing import ConvArguments, assert_close, plain_bconv2d
+from fastbconv.testing import (
+    FORWARD_FACTOR,
+    ConvArguments,
+    assert_close,
+    assert_ratio,
+    plain_bconv2d,
+)
 
 EXTENTS = st.sampled_from([1, 2, 3, 5, 7, 8, 11, 15, 16, 17, 23])
 SMALL = st.integers(1, 3)
@@ -70,11 +76,11 @@ def test_any_convolution(problem: Problem, dtype: torch.dtype) -> None:
     a = problem.arguments(dtype)
     wanted, gradients = _run(a, lambda t: plain_bconv2d(a, torch.float64, t))
     got, ours = _run(a, lambda t: call(type(a)(**{**vars(a), **t})))
-    low = dtype == torch.bfloat16
-    scale = 1.0 + (wanted.abs().max().item() if wanted.numel() else 0.0)
-    assert_close(got, wanted, 0.0, (1e-2 if low else 2e-5) * scale, f"output of {problem}")
-    if low:  # its gradients are judged by ratio, in test_functional.py
+    if dtype == torch.bfloat16:  # its gradients are judged in test_functional.py
+        assert_ratio(got, plain_bconv2d(a, dtype), wanted, FORWARD_FACTOR, f"output of {problem}")
         return
+    scale = 1.0 + (wanted.abs().max().item() if wanted.numel() else 0.0)
+    assert_close(got, wanted, 0.0, 2e-5 * scale, f"output of {problem}")
     for name, expected in gradients.items():
         if expected is None:
             assert ours[name] is None
