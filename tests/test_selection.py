@@ -1,0 +1,81 @@
+"""Which kernel serves a call, and whose noise a rank draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastbconv as fb
+from fastbconv import noise
+from fastbconv.testing import assert_same
+
+X, W = torch.zeros(2, 16, 9, 9), torch.zeros(8, 16, 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_explain_chooses_one_available_kernel_per_direction(dtype, stride: int) -> None:
+    weight = W.double() if dtype == torch.float64 else W
+    rows = fb.explain(X.to(dtype), weight, stride=stride, padding="same")
+    for direction in ("fprop", "dgrad", "wgrad"):
+        chosen = [row for row in rows if row.direction == direction and row.chosen]
+        assert len(chosen) == 1
+        assert chosen[0].available
+    assert all(row.reason for row in rows if not row.available)
+
+
+def test_explain_reads_no_values() -> None:
+    assert fb.explain(X.to("meta"), W.to("meta")) == fb.explain(X, W)
+    with pytest.raises(ValueError, match="input: expected 16 channels"):
+        fb.explain(X[:, :3], W)
+
+
+def test_sixteen_bit_convolutions_that_pytorch_gets_wrong() -> None:
+    """pytorch/pytorch issues 163347 and 169688: never handed to PyTorch."""
+    for x, w, stride in (
+        (torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), 1),
+        (torch.ones(1, 24, 16, 16), torch.ones(3, 24, 3, 3), 3),
+    ):
+        for dtype in (torch.bfloat16, torch.float16):
+            y = fb.functional.bayes_conv2d(x.to(dtype), w, None, stride=stride)
+            assert_same(y, torch.full_like(y, w[0].sum().item()))
+
+
+def _as_rank(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: rank)
+
+
+def test_ranks_draw_different_noise_from_equal_generators(monkeypatch) -> None:
+    layer, x = fb.BayesConv2d(16, 4, 3), torch.randn(1, 16, 5, 5)
+    outputs = []
+    for rank in range(2):
+        _as_rank(monkeypatch, rank)
+        assert noise.rank_offset() == rank << 48
+        torch.manual_seed(5)
+        outputs.append(layer(x))
+    assert not torch.equal(*outputs)
+    given = []
+    for rank in range(2):
+        _as_rank(monkeypatch, rank)
+        given.append(layer(x, seed=3))
+    assert_same(*given)
+
+
+def test_ranks_share_their_noise_on_request(monkeypatch) -> None:
+    _as_rank(monkeypatch, 3)
+    with noise.data_parallel_group(None):
+        assert noise.rank_offset() == 0
+    assert noise.rank_offset() == 3 << 48
+    monkeypatch.undo()
+    assert noise.rank_offset() == 0
+
+
+def test_a_sampled_kl_belongs_to_the_draw_of_its_rank(monkeypatch) -> None:
+    layer = fb.BayesConv2d(16, 4, 3, prior=fb.ScaleMixture(0.5, 1.0, 0.1))
+    _as_rank(monkeypatch, 2)
+    torch.manual_seed(5)
+    seed = noise.draw_seed()
+    torch.manual_seed(5)
+    layer(torch.zeros(1, 16, 5, 5))
+    assert_same(layer._last_draw[0], seed + torch.tensor([0, 2 << 48]))
