@@ -32,6 +32,8 @@ def integer(name: str, value: object, minimum: int) -> int:
 
 def pair(name: str, value: IntPair, minimum: int = 1) -> tuple[int, int]:
     """An int or two ints as (height, width)."""
+    if type(value) is tuple and len(value) == 2:  # what a layer passes: no abstract base class
+        return integer(name, value[0], minimum), integer(name, value[1], minimum)
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2:
             raise ValueError(f"{name}: expected an integer or a pair, got {tuple(value)}")
@@ -55,7 +57,8 @@ def padding_form(padding: PaddingLike) -> Padding:
             "padding: expected 'valid', 'same', an integer, a pair or ((top, bottom), "
             f"(left, right)), got {padding!r}"
         )
-    if isinstance(padding, Sequence) and any(isinstance(side, Sequence) for side in padding):
+    nested = type(padding) in (tuple, list) and any(type(side) is not int for side in padding)
+    if nested and any(isinstance(side, Sequence) for side in padding):
         if len(padding) != 2 or not all(isinstance(s, Sequence) and len(s) == 2 for s in padding):
             raise ValueError(f"padding: expected ((top, bottom), (left, right)), got {padding!r}")
         top, bottom = pair("padding", padding[0], 0)
