@@ -60,8 +60,9 @@ struct ConvBackward {
   bool wants_input, wants_weight, wants_bias;
 };
 
+// method: kDirect or kWinograd2, likewise below.
 template <typename T>
-void forward_direct(const ConvCall& call, ConvOutputs* out);
+void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out);
 template <typename T>
 void forward_library(const ConvCall& call, ConvOutputs* out);
 
@@ -79,11 +80,13 @@ PreActivationGradient activation_backward_library(const ConvCall& call, const Co
 
 // Input gradient into grad_input, allocated like the input.
 template <typename T>
-void dgrad_direct(const ConvCall& call, const at::Tensor& grad, const at::Tensor& grad_input);
+void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
+                  const at::Tensor& grad_input);
 
 // Fills the weight's gradients from the pre-activation gradient, KL included.
 template <typename T>
-void wgrad_direct(const ConvCall& call, const at::Tensor& grad, const PosteriorGrads<T>& grads);
+void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
+                  const PosteriorGrads<T>& grads);
 
 // What `back` wants. weight: (num_samples, K, C/G, R, S) and bias: (num_samples, K), in the parameters'
 // dtype; undefined where not wanted.

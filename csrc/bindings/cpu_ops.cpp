@@ -52,10 +52,13 @@ template <typename T>
 void forward(const ConvCall& call, ConvOutputs* out) {
   if (call.is_empty()) {
     forward_empty<T>(call, out);
-  } else if (resolve(call, Direction::kFprop) == Algorithm::kLibrary) {
+    return;
+  }
+  const Algorithm method = resolve(call, Direction::kFprop);
+  if (method == Algorithm::kLibrary) {
     forward_library<T>(call, out);
   } else {
-    forward_direct<T>(call, out);
+    forward_direct<T>(call, method, out);
   }
 }
 
@@ -107,8 +110,9 @@ LibraryGradients backward_convolution(const ConvCall& call, ConvBackward back,
                                  call.compute_dtype == call.parameter_dtype();
   ConvBackward first = back;
   first.wants_bias = back.wants_bias && !library_sums_bias;
-  const bool any_direct = dgrad == Algorithm::kDirect || wgrad == Algorithm::kDirect;
-  const PreActivationGradient z = any_direct ? activation_backward_direct<T>(call, first)
+  const bool own_dgrad = back.wants_input && dgrad != Algorithm::kLibrary;
+  const bool own_wgrad = back.wants_weight && wgrad != Algorithm::kLibrary;
+  const PreActivationGradient z = own_dgrad || own_wgrad ? activation_backward_direct<T>(call, first)
                                              : activation_backward_library(call, first);
   LibraryGradients out;
   ConvBackward rest = back;
@@ -116,12 +120,12 @@ LibraryGradients backward_convolution(const ConvCall& call, ConvBackward back,
   rest.wants_input = back.wants_input && dgrad == Algorithm::kLibrary;
   rest.wants_weight = back.wants_weight && wgrad == Algorithm::kLibrary;
   if (rest.wants_input || rest.wants_weight) out = backward_library<T>(call, rest, z.grad);
-  if (back.wants_input && dgrad == Algorithm::kDirect) {
+  if (own_dgrad) {
     out.input = at::empty(call.input->sizes(), call.input->options().memory_format(call.format));
-    dgrad_direct<T>(call, z.grad, out.input);
+    dgrad_direct<T>(call, dgrad, z.grad, out.input);
   }
-  if (back.wants_weight && wgrad == Algorithm::kDirect) {
-    wgrad_direct<T>(call, z.grad, weight_grads->grads);
+  if (own_wgrad) {
+    wgrad_direct<T>(call, wgrad, z.grad, weight_grads->grads);
     *weight_done = true;
   }
   if (z.grad_bias.defined()) out.bias = z.grad_bias;

@@ -1,4 +1,4 @@
-// The direct provider: one-pass kernels, torch's threads.
+// The direct provider: the one-pass kernels of csrc/cpu (direct and Winograd), torch's threads.
 #include <ATen/ops/empty.h>
 
 #include "conv_call.h"
@@ -10,6 +10,11 @@ namespace {
 
 at::Tensor workspace(int64_t bytes) {  // at::empty aligns to 64 bytes
   return at::empty({std::max<int64_t>(bytes, 1)}, at::TensorOptions().dtype(at::kByte));
+}
+
+template <typename T>
+const ConvKernels<T>& methods(Algorithm method) {
+  return method == Algorithm::kWinograd2 ? kernels<T>().winograd2 : kernels<T>().direct;
 }
 
 // A linear layer's incoming gradient, where it already has the memory and dtype that kernels read.
@@ -32,8 +37,8 @@ at::Tensor draw_bias(const ConvCall& call, double* kl) {
 }
 
 template <typename T>
-void forward_direct(const ConvCall& call, ConvOutputs* out) {
-  const auto& table = kernels<T>();
+void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out) {
+  const auto& table = methods<T>(method);
   const auto p = posterior_params<T>(call.weight);
   out->output = empty_output(call);
   FpropParams f = {};
@@ -104,8 +109,9 @@ PreActivationGradient activation_backward_direct(const ConvCall& call, const Con
 }
 
 template <typename T>
-void dgrad_direct(const ConvCall& call, const at::Tensor& grad, const at::Tensor& grad_input) {
-  const auto& table = kernels<T>();
+void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
+                  const at::Tensor& grad_input) {
+  const auto& table = methods<T>(method);
   DgradParams d = {};
   d.shape = call.shape;
   d.dtype = dtype_of(call.compute_dtype);
@@ -118,8 +124,9 @@ void dgrad_direct(const ConvCall& call, const at::Tensor& grad, const at::Tensor
 }
 
 template <typename T>
-void wgrad_direct(const ConvCall& call, const at::Tensor& grad, const PosteriorGrads<T>& grads) {
-  const auto& table = kernels<T>();
+void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
+                  const PosteriorGrads<T>& grads) {
+  const auto& table = methods<T>(method);
   WgradParams w = {};
   w.shape = call.shape;
   w.dtype = dtype_of(call.compute_dtype);
@@ -134,16 +141,18 @@ void wgrad_direct(const ConvCall& call, const at::Tensor& grad, const PosteriorG
 
 template at::Tensor draw_bias<float>(const ConvCall&, double*);
 template at::Tensor draw_bias<double>(const ConvCall&, double*);
-template void forward_direct<float>(const ConvCall&, ConvOutputs*);
-template void forward_direct<double>(const ConvCall&, ConvOutputs*);
+template void forward_direct<float>(const ConvCall&, Algorithm, ConvOutputs*);
+template void forward_direct<double>(const ConvCall&, Algorithm, ConvOutputs*);
 template PreActivationGradient activation_backward_direct<float>(const ConvCall&,
                                                                  const ConvBackward&);
 template PreActivationGradient activation_backward_direct<double>(const ConvCall&,
                                                                   const ConvBackward&);
-template void dgrad_direct<float>(const ConvCall&, const at::Tensor&, const at::Tensor&);
-template void dgrad_direct<double>(const ConvCall&, const at::Tensor&, const at::Tensor&);
-template void wgrad_direct<float>(const ConvCall&, const at::Tensor&, const PosteriorGrads<float>&);
-template void wgrad_direct<double>(const ConvCall&, const at::Tensor&,
+template void dgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor&, const at::Tensor&);
+template void dgrad_direct<double>(const ConvCall&, Algorithm, const at::Tensor&,
+                                   const at::Tensor&);
+template void wgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor&,
+                                  const PosteriorGrads<float>&);
+template void wgrad_direct<double>(const ConvCall&, Algorithm, const at::Tensor&,
                                    const PosteriorGrads<double>&);
 
 }  // namespace fbc

@@ -66,6 +66,19 @@ struct ActivationGradParams {
   void* grad_bias;              // (num_samples, K), acc_t; null: not wanted
 };
 
+// The three directions by one method. workspace: the bytes that *_workspace() asks for with
+// Parallel::threads, 64-byte aligned, uninitialised.
+template <typename T>
+struct ConvKernels {
+  int64_t (*fprop_workspace)(const FpropParams&, int32_t threads);
+  void (*fprop)(const FpropParams&, const PosteriorParams<T>&, Parallel, void* workspace);
+  int64_t (*dgrad_workspace)(const DgradParams&, int32_t threads);
+  void (*dgrad)(const DgradParams&, const PosteriorParams<T>&, Parallel, void* workspace);
+  int64_t (*wgrad_workspace)(const WgradParams&, int32_t threads);
+  void (*wgrad)(const WgradParams&, const PosteriorParams<T>&, const PosteriorGrads<T>&, Parallel,
+                void* workspace);  // fills PosteriorGrads' outputs; its grad_weight is ignored
+};
+
 // T is float or double: the dtype of the parameters, of the KL and of every sum.
 template <typename T>
 struct KernelTable {
@@ -76,15 +89,8 @@ struct KernelTable {
   void (*posterior_backward)(const PosteriorParams<T>&, const PosteriorGrads<T>&, int64_t k_begin,
                              int64_t k_end);
 
-  // Whole directions. workspace: the bytes that *_workspace() asks for with Parallel::threads,
-  // 64-byte aligned, uninitialised.
-  int64_t (*fprop_workspace)(const FpropParams&, int32_t threads);
-  void (*fprop)(const FpropParams&, const PosteriorParams<T>&, Parallel, void* workspace);
-  int64_t (*dgrad_workspace)(const DgradParams&, int32_t threads);
-  void (*dgrad)(const DgradParams&, const PosteriorParams<T>&, Parallel, void* workspace);
-  int64_t (*wgrad_workspace)(const WgradParams&, int32_t threads);
-  void (*wgrad)(const WgradParams&, const PosteriorParams<T>&, const PosteriorGrads<T>&, Parallel,
-                void* workspace);  // fills PosteriorGrads' outputs; its grad_weight is ignored
+  ConvKernels<T> direct;     // any convolution
+  ConvKernels<T> winograd2;  // what winograd_fits() accepts
   int64_t (*activation_grad_workspace)(const ActivationGradParams&, int32_t threads);
   void (*activation_grad)(const ActivationGradParams&, Parallel, void* workspace);
 };
@@ -97,6 +103,12 @@ struct NoiseKernels {
 template <typename T>
 const KernelTable<T>& kernels();  // of current_isa()
 const NoiseKernels& noise_kernels();
+
+// Whether the Winograd kernels compute this: 3x3, no stride, no dilation, one group; any padding.
+inline bool winograd_fits(const ConvShape& s) {
+  return s.R == 3 && s.S == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+         s.dilation_w == 1 && s.groups == 1;
+}
 
 double sum_kl_partials(const double* partials, int64_t count);  // in order
 

@@ -1,13 +1,27 @@
 #include "select.h"
 
+#include "kernels.h"
+
 namespace fbc {
 
 namespace {
 
 const char* never(const ConvProblem&, Direction) { return nullptr; }
 
-const char* winograd2_cannot(const ConvProblem&, Direction) {
-  return "winograd2 has no CPU kernel in this version; use 'direct', 'library' or 'auto'";
+const char* winograd2_cannot(const ConvProblem& problem, Direction) {
+  if (!winograd_fits(problem.shape)) {
+    return "it computes 3x3 filters without stride, dilation and groups; use 'direct' or 'auto'";
+  }
+  return nullptr;
+}
+
+// Below one vector of channels the transforms cost more than they save; float64 is for checking
+// gradients, where the plainest sum is the best.
+const char* winograd2_not_chosen(const ConvProblem& problem, Direction) {
+  const ConvShape& s = problem.shape;
+  if (problem.dtype == Dtype::kFloat64) return "float64 is computed by the direct kernels";
+  if (s.C < 16 || s.K < 16) return "there are too few channels for the transforms to pay";
+  return nullptr;
 }
 
 const char* winograd4_cannot(const ConvProblem&, Direction) {
@@ -39,7 +53,7 @@ const char* library_not_chosen(const ConvProblem& problem, Direction) {
 }
 
 constexpr Candidate kCandidates[kNumCandidates] = {
-    {Algorithm::kWinograd2, "winograd2", winograd2_cannot, never},
+    {Algorithm::kWinograd2, "winograd2", winograd2_cannot, winograd2_not_chosen},
     {Algorithm::kWinograd4, "winograd4", winograd4_cannot, only_on_request},
     {Algorithm::kLibrary, "library", library_cannot, library_not_chosen},
     {Algorithm::kDirect, "direct", never, never},

@@ -29,6 +29,11 @@ bool random_problem(Random& random, Problem* out) {
   s.dilation_h = random.between(1, 2), s.dilation_w = random.between(1, 2);
   s.pad_top = random.between(0, 3), s.pad_bottom = random.between(0, 3);
   s.pad_left = random.between(0, 3), s.pad_right = random.between(0, 3);
+  if (random.below(2) == 0) {  // what Winograd computes
+    s.C /= s.groups, s.K /= s.groups, s.groups = 1;
+    s.R = s.S = 3;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+  }
   s.num_samples = random.below(3) == 0 ? random.between(2, 3) : 1;
   s.share_input = s.num_samples > 1 && random.below(2) == 0;
   const int64_t per_sample = random.below(6) == 0 ? random.between(6, 14) : random.between(1, 3);
@@ -99,7 +104,7 @@ void for_each_product(const ConvShape& s, F&& f) {
 }
 
 template <typename T>
-void check_problem(Random& random, const Problem& problem) {
+void check_problem(Random& random, const Problem& problem, bool winograd) {
   const ConvShape& s = problem.s;
   const Dtype dtype = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
   const int layout = static_cast<int>(random.below(3));
@@ -130,7 +135,7 @@ void check_problem(Random& random, const Problem& problem) {
 
   const Parallel parallel = harness::parallel_in(static_cast<int32_t>(random.between(1, 3)));
   const PosteriorParams<T> posterior = point_mass(problem, weight);
-  const KernelTable<T>& table = kernels<T>();
+  const ConvKernels<T>& table = winograd ? kernels<T>().winograd2 : kernels<T>().direct;
   FpropParams fprop = {};
   fprop.shape = s, fprop.dtype = dtype, fprop.input = input.base, fprop.input_stride = input.stride;
   fprop.output = got.base, fprop.output_stride = got.stride, fprop.bias = bias.data();
@@ -172,10 +177,10 @@ void check_problem(Random& random, const Problem& problem) {
   }
   CHECK(want_dw == got_dw);
   if (harness::failures > 0) {
-    std::printf("  %s N%" PRId64 " C%" PRId64 " H%" PRId64 " W%" PRId64 " K%" PRId64 " R%" PRId64 " S%" PRId64
+    std::printf("  %s%s N%" PRId64 " C%" PRId64 " H%" PRId64 " W%" PRId64 " K%" PRId64 " R%" PRId64 " S%" PRId64
                 " stride %" PRId64 ",%" PRId64 " pad %" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64
                 " dil %" PRId64 ",%" PRId64 " groups %" PRId64 " samples %" PRId64 " share %d layout %d\n",
-                isa_name(current_isa()), s.N, s.C, s.H, s.W, s.K, s.R, s.S, s.stride_h, s.stride_w, s.pad_top,
+                winograd ? "winograd " : "", isa_name(current_isa()), s.N, s.C, s.H, s.W, s.K, s.R, s.S, s.stride_h, s.stride_w, s.pad_top,
                 s.pad_bottom, s.pad_left, s.pad_right, s.dilation_h, s.dilation_w, s.groups, s.num_samples,
                 static_cast<int>(s.share_input), layout);
   }
@@ -192,10 +197,12 @@ int main(int argc, char** argv) {
       Problem problem;
       if (!random_problem(random, &problem)) continue;
       ++i;
-      if (i % 3 == 0) {
-        check_problem<double>(random, problem);
-      } else {
-        check_problem<float>(random, problem);
+      for (int winograd = 0; winograd <= (winograd_fits(problem.s) ? 1 : 0); ++winograd) {
+        if (i % 3 == 0) {
+          check_problem<double>(random, problem, winograd == 1);
+        } else {
+          check_problem<float>(random, problem, winograd == 1);
+        }
       }
     }
   }
