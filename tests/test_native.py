@@ -1,4 +1,4 @@
-"""The kernels without PyTorch: built once under AddressSanitizer and UBSan, run on every instruction set."""
+"""The kernels without PyTorch, under AddressSanitizer and UBSan, on every instruction set."""
 
 from __future__ import annotations
 
