@@ -153,7 +153,7 @@ def _right(rows: Sequence[Shape], chosen: Sequence[Column]) -> bool:
 
 def _measure(run: Run, rows: Sequence[Shape], options: argparse.Namespace) -> bool:
     """Fills the run, mode by mode; True if a process failed."""
-    limits = roofline.measure_peak()
+    limits = roofline.measure_peak(0.5)
     run.environment["multiply-add peak"] = (
         f"{limits:.1f} GFLOP/s, measured with a float32 matrix product"
     )

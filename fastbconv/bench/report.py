@@ -150,7 +150,7 @@ def chart(run: Run) -> bytes:
     for axis, (mode, direction) in zip(axes, panels, strict=True):
         cells = run.find(mode, direction)
         shown = _columns(run, cells, lambda cell: cell["group"] != "deterministic")
-        width = 0.8 / max(len(shown), 1)
+        width, ceiling = 0.8 / max(len(shown), 1), _ceiling(cells)
         for index, column in enumerate(shown):
             there = [
                 (i, cells[row, column]) for i, row in enumerate(rows) if (row, column) in cells
@@ -160,12 +160,15 @@ def chart(run: Run) -> bytes:
             high = [cell["ratio_high"] - cell["ratio"] for _, cell in there]
             place = [i + (index - (len(shown) - 1) / 2) * width for i, _ in there]
             axis.bar(place, ratio, width, yerr=[low, high], label=column, error_kw={"lw": 0.7})
+            for x, value in zip(place, ratio, strict=True):
+                if value > ceiling:
+                    axis.text(x, 0.97 * ceiling, f"{value:.1f}", rotation=90, ha="center", va="top")
         axis.axhline(1.0, color="black", lw=0.8)
         axis.set_title(f"{direction}, {mode}: time over the deterministic layer's", fontsize=10)
         axis.set_ylabel("ratio, median and quartiles")
         axis.set_xticks(range(len(rows)), rows, rotation=25, ha="right", fontsize=8)
-        axis.set_ylim(0.0, _ceiling(cells))
-    axes[0].legend(ncols=3, fontsize=8)
+        axis.set_ylim(0.0, ceiling)
+    axes[0].legend(ncols=4, fontsize=7, loc="upper left", bbox_to_anchor=(0.0, 1.35))
     figure.text(0.01, 0.002, _caption(run), fontsize=7)
     figure.tight_layout(rect=(0.0, 0.015, 1.0, 1.0))
     content = io.BytesIO()
@@ -174,7 +177,7 @@ def chart(run: Run) -> bytes:
 
 
 def _ceiling(cells: dict[tuple[str, str], Cell]) -> float:
-    """Where the axis ends: bars beyond 3 are cut, or everything else would be unreadable."""
+    """Where the axis ends: bars beyond 3 are cut and labelled, or all else would be unreadable."""
     return min(3.0, 1.1 * max(cell["ratio_high"] for cell in cells.values()))
 
 
