@@ -9,7 +9,7 @@ from typing import Any
 import op_samples as samples
 import pytest
 import torch
-from op_samples import DIRECT, LIBRARY, SILU, options, tensors
+from op_samples import DIRECT, LIBRARY, SILU, WINOGRAD2, options, tensors
 from torch import Tensor
 
 from fastbconv import ops
@@ -62,22 +62,31 @@ def _assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize(("sizes", "changes"), PROBLEMS.values(), ids=PROBLEMS.keys())
-def test_direct_has_the_same_bits_for_any_number_of_threads(
-    sizes: dict[str, Any], changes: dict[str, Any]
+# Every problem by the direct kernels, 3x3 filters without stride and groups by Winograd too.
+CASES = [pytest.param(*problem, DIRECT, id=f"{name}-direct") for name, problem in PROBLEMS.items()]
+CASES += [
+    pytest.param(*PROBLEMS[name], WINOGRAD2, id=f"{name}-winograd2")
+    for name in ("float32", "channels_last", "bfloat16", "samples", "shared", "wide")
+]
+
+
+@pytest.mark.parametrize(("sizes", "changes", "algorithm"), CASES)
+def test_same_bits_for_any_number_of_threads(
+    sizes: dict[str, Any], changes: dict[str, Any], algorithm: int
 ) -> None:
     torch.set_num_threads(THREADS[0])
-    expected = _results(sizes, changes, DIRECT)
+    expected = _results(sizes, changes, algorithm)
     for threads in THREADS[1:]:
         torch.set_num_threads(threads)
-        _assert_equal(_results(sizes, changes, DIRECT), expected)
+        _assert_equal(_results(sizes, changes, algorithm), expected)
 
 
-def test_direct_has_the_same_bits_from_eight_python_threads() -> None:
+@pytest.mark.parametrize("algorithm", [DIRECT, WINOGRAD2], ids=["direct", "winograd2"])
+def test_same_bits_from_eight_python_threads(algorithm: int) -> None:
     sizes, changes = PROBLEMS["channels_last"]
-    expected = _results(sizes, changes, DIRECT)
+    expected = _results(sizes, changes, algorithm)
     with ThreadPoolExecutor(8) as pool:
-        for got in pool.map(lambda _: _results(sizes, changes, DIRECT), range(16)):
+        for got in pool.map(lambda _: _results(sizes, changes, algorithm), range(16)):
             _assert_equal(got, expected)
 
 

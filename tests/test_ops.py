@@ -150,11 +150,33 @@ def test_output_has_the_layout_of_the_input_and_never_of_the_weight(
     assert args[2].grad.stride() == args[2].stride()
 
 
-@pytest.mark.parametrize("algorithm", [2, 3])
-def test_algorithms_without_a_kernel_say_what_exists(algorithm: int) -> None:
-    name = {2: "winograd2", 3: "winograd4"}[algorithm]
-    with pytest.raises(NotImplementedError, match=f"{name}.*use 'direct', 'library' or 'auto'"):
-        ops.bconv2d(*tensors(), **options(algorithm=algorithm))
+def test_algorithms_that_cannot_say_why_and_what_can() -> None:
+    with pytest.raises(
+        NotImplementedError, match=r"'winograd4'.*use 'direct', 'library' or 'auto'"
+    ):
+        ops.bconv2d(*tensors(), **options(algorithm=3))
+    with pytest.raises(NotImplementedError, match=r"'winograd2'.*3x3 filters.*use 'direct' or"):
+        ops.bconv2d(*tensors(), **options(algorithm=2, stride=[2, 2]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        ({"W": 8}, {"stride": [1, 3]}),  # wrong numbers
+        ({"H": 14, "R": 2, "S": 1}, {"padding": [6, 6, 3, 3], "stride": [2, 2]}),  # a crash
+    ],
+)
+def test_library_stays_away_from_wrong_16_bit_convolutions(
+    sizes: dict[str, int], changes: dict[str, Any]
+) -> None:
+    args, kwargs = tensors(**sizes, dtype=torch.bfloat16), options(**changes)
+    with pytest.raises(NotImplementedError, match="PyTorch's 16-bit convolution"):
+        ops.bconv2d(*args, **{**kwargs, "algorithm": LIBRARY})
+    wide = [args[0].detach().float(), *args[1:]]
+    expected = ops.bconv2d(*wide, **kwargs)[0]
+    torch.testing.assert_close(
+        ops.bconv2d(*args, **kwargs)[0].float(), expected, rtol=0.02, atol=0.05
+    )
 
 
 def test_deterministic_algorithms_exclude_the_library() -> None:
@@ -211,7 +233,9 @@ def test_compile_has_the_noise_of_eager_and_does_not_recompile() -> None:
             results.append((output, kl, x.grad, loc.grad, rho.grad))
         for eager, traced in zip(*results, strict=True):
             assert torch.equal(eager, traced)
-    assert counter.graphs == 1
+        if index == 0:
+            first = counter.graphs  # 2: dynamo first tries scale_floor as an input
+    assert counter.graphs == first <= 2
 
 
 def test_the_default_compiler_runs_it_in_one_graph() -> None:
@@ -291,11 +315,25 @@ def test_functional_call() -> None:
     assert torch.equal(grads["rho"], layer.rho.grad)
 
 
-def test_library_refuses_nothing_that_direct_does() -> None:
-    """Float16 and an image of nothing but padding included."""
-    for dtype in (*DTYPES, torch.float16):
-        for shape in ((2, 6, 5, 7), (2, 6, 0, 7)):
-            args = tensors(*shape, dtype=dtype)
-            outputs = [ops.bconv2d(*args, **options(algorithm=a))[0] for a in ALGORITHMS.values()]
-            torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
-    assert LIBRARY in ALGORITHMS.values()
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_providers_agree(dtype: torch.dtype) -> None:
+    args = tensors(2, 16, 7, 9, 17, dtype=dtype)
+    exact = ops.bconv2d(*_double(args), **options())[0]
+    for algorithm in ALGORITHMS.values():
+        output = ops.bconv2d(*args, **options(algorithm=algorithm))[0]
+        error = (output.double() - exact).abs().max() / exact.abs().max()
+        assert error < 8 * max(torch.finfo(dtype).eps, 2.0**-23), algorithm
+
+
+def _double(args: list[Any]) -> list[Any]:
+    return [t.detach().double() if t is not None and t.is_floating_point() else t for t in args]
+
+
+def test_an_image_of_nothing_but_padding() -> None:
+    args = tensors(2, 6, 0, 7)
+    kwargs = options(padding=[2, 2, 1, 1])
+    for algorithm in samples.ANY_SHAPE.values():
+        output = ops.bconv2d(*args, **{**kwargs, "algorithm": algorithm})[0]
+        assert output.shape == (2, 4, 2, 7)
+        assert torch.equal(output, output[:, :, :1, :1].expand_as(output))  # the bias
+        output.sum().backward()

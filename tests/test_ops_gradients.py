@@ -11,7 +11,7 @@ from typing import Any
 import op_samples as samples
 import pytest
 import torch
-from op_samples import ALGORITHMS, DIRECT, GELU_TANH, LIBRARY, RELU, SILU, options, tensors
+from op_samples import ALGORITHMS, ANY_SHAPE, GELU_TANH, RELU, SILU, options, tensors
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck
 
@@ -41,7 +41,7 @@ def _output_and_kl(arguments: list[Tensor | None], keywords: dict[str, Any]) -> 
     return function, inputs
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS.keys())
+@pytest.mark.parametrize("algorithm", ANY_SHAPE.values(), ids=ANY_SHAPE.keys())
 @pytest.mark.parametrize("geometry", range(len(GEOMETRIES)))
 def test_gradcheck(geometry: int, algorithm: int) -> None:
     """Every geometry with every pair of bias kind and draws; the prior kinds take turns."""
@@ -62,6 +62,20 @@ def test_gradcheck(geometry: int, algorithm: int) -> None:
         )  # fmt: skip
         function, inputs = _output_and_kl(arguments, keywords)
         assert gradcheck(function, inputs, fast_mode=True), (bias, num_samples, share_input, prior)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("bias", BIASES)
+def test_gradcheck_of_winograd(padding: list[int], bias: str) -> None:
+    torch.set_num_threads(1)
+    for (num_samples, share_input), prior in itertools.product(DRAWS, PRIORS):
+        arguments = tensors(2, 3, 5, 6, 4, dtype=torch.float64, bias=bias, prior=prior)
+        keywords = options(
+            scale_floor=EPS64, padding=padding, num_samples=num_samples, activation=7,
+            share_input=share_input, algorithm=ALGORITHMS["winograd2"], keep_weight=share_input,
+        )  # fmt: skip
+        function, inputs = _output_and_kl(arguments, keywords)
+        assert gradcheck(function, inputs, fast_mode=True), (num_samples, share_input, prior)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS.keys())
@@ -112,7 +126,7 @@ def test_sampling_of_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     assert gradcheck(function, (loc, rho))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS.keys())
+@pytest.mark.parametrize("algorithm", ANY_SHAPE.values(), ids=ANY_SHAPE.keys())
 @pytest.mark.parametrize("sizes", [{"N": 0}, {"H": 2, "R": 5}], ids=["no-rows", "no-pixels"])
 def test_work_of_size_zero_still_has_its_kl(algorithm: int, sizes: dict[str, int]) -> None:
     arguments = tensors(**sizes)
@@ -208,7 +222,7 @@ def test_double_backward_and_forward_mode_raise(name: str, call: Any) -> None:
 # memory
 
 
-@pytest.mark.parametrize("algorithm", [0, DIRECT, LIBRARY])
+@pytest.mark.parametrize("algorithm", [0, *ALGORITHMS.values()], ids=["auto", *ALGORITHMS])
 @pytest.mark.parametrize("activation", [0, RELU, SILU])
 @pytest.mark.parametrize("keep_weight", [False, True])
 def test_backward_keeps_input_output_parameters_and_seed(
@@ -233,7 +247,7 @@ def test_backward_keeps_input_output_parameters_and_seed(
     assert sum(kept.values()) == wanted
 
 
-@pytest.mark.parametrize("algorithm", [DIRECT, LIBRARY])
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS.keys())
 def test_nothing_is_alive_after_backward(algorithm: int) -> None:
     arguments = tensors()
     leaf = arguments[0]

@@ -32,14 +32,26 @@ const char* only_on_request(const ConvProblem&, Direction) {
   return "its rounding error is larger, so it is taken on request only";
 }
 
-// pytorch/pytorch issues 163347 and 169688: wrong numbers, or a crash in backward. Inside these bounds
-// some thousand random problems of either 16-bit type were right in every direction.
+// Whether each window along one side of the image, first to last, has a tap on a pixel.
+bool every_window_sees_a_pixel(int64_t extent, int64_t pad_before, int64_t pad_after, int64_t filter,
+                               int64_t dilation) {
+  const int64_t window = (filter - 1) * dilation + 1;
+  return pad_before < window && pad_after < window && extent >= dilation;
+}
+
+// pytorch/pytorch issues 163347 and 169688: wrong numbers, or a crash. Inside these bounds some thousand
+// random problems of either 16-bit type were right in every direction.
 const char* library_cannot(const ConvProblem& problem, Direction) {
   const ConvShape& s = problem.shape;
-  const bool narrow = problem.dtype == Dtype::kBFloat16 || problem.dtype == Dtype::kFloat16;
-  if (narrow && (s.stride_h > 2 || s.stride_w > 2 || s.P < 4 || s.Q < 4)) {
+  if (problem.dtype != Dtype::kBFloat16 && problem.dtype != Dtype::kFloat16) return nullptr;
+  if (s.stride_h > 2 || s.stride_w > 2 || s.P < 4 || s.Q < 4) {
     return "PyTorch's 16-bit convolution is wrong for strides above 2 and outputs below 4 pixels; use "
            "'direct' or 'auto'";
+  }
+  if (!every_window_sees_a_pixel(s.H, s.pad_top, s.pad_bottom, s.R, s.dilation_h) ||
+      !every_window_sees_a_pixel(s.W, s.pad_left, s.pad_right, s.S, s.dilation_w)) {
+    return "PyTorch's 16-bit convolution crashes where the filter can lie in the padding; use 'direct' or "
+           "'auto'";
   }
   return nullptr;
 }
