@@ -245,6 +245,19 @@ def test_the_default_compiler_runs_it_in_one_graph() -> None:
     assert torch.equal(compiled(*args)[0], _step(*args)[0])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
+def test_compiled_autograd_traces_backward() -> None:
+    from torch._dynamo import compiled_autograd
+
+    args = [*tensors()[:3], samples.noise_seed()]
+    expected = torch.autograd.grad(_step(*args)[0].square().sum(), args[:3])
+    output = _step(*args)[0]
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        output.square().sum().backward()
+    for argument, grad in zip(args, expected, strict=False):
+        assert torch.equal(argument.grad, grad)
+
+
 # autocast and torch.func
 
 

@@ -1,5 +1,5 @@
-// Under autocast only the activation is cast. Parameters, sampling and KL keep their dtype; the sampled
-// weight is rounded once, to the dtype of the input, inside the kernel.
+// Under autocast only the activation is cast. Parameters, sampling and KL keep their dtype; the
+// sampled weight is rounded once, to the dtype of the input, inside the kernel.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
@@ -29,6 +29,8 @@ struct CastInput<Result(const at::Tensor&, Rest...)> {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastbconv, AutocastCPU, m) { m.impl("bconv2d", CastInput<Bconv2dSignature>::call); }
+TORCH_LIBRARY_IMPL(fastbconv, AutocastCPU, m) {
+  m.impl("bconv2d", CastInput<Bconv2dSignature>::call);
+}
 
 }  // namespace fbc

@@ -37,12 +37,15 @@ inline bool has_tangent(const OptionalTensor& tensor) {
 // Without this check forward mode would go on with zeros.
 template <typename... Tensors>
 void refuse_forward_mode(const char* op, const Tensors&... tensors) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(tensors) || ...), op,
-                              ": expected reverse-mode differentiation, got a dual tensor; forward-mode "
-                              "derivatives are not implemented, use torch.autograd.grad or torch.func.grad");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !(has_tangent(tensors) || ...), op,
+      ": expected reverse-mode differentiation, got a dual tensor; forward-mode "
+      "derivatives are not implemented, use torch.autograd.grad or torch.func.grad");
 }
 
-inline bool wants_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+inline bool wants_grad(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.requires_grad();
+}
 inline bool wants_grad(const OptionalTensor& tensor) {
   return tensor.has_value() && wants_grad(*tensor);
 }
@@ -51,8 +54,8 @@ bool records_graph(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (wants_grad(tensors) || ...);
 }
 
-// ctx->needs_input_grad() counts defined tensor arguments only. `defined` tells, per tensor argument,
-// whether it was there; `differentiable` names the arguments that have a gradient.
+// ctx->needs_input_grad() counts defined tensor arguments only. `defined` tells, per tensor
+// argument, whether it was there; `differentiable` names the arguments that have a gradient.
 template <size_t kCount>
 std::array<bool, kCount> output_mask(AutogradContext* ctx, const std::vector<bool>& defined,
                                      const std::array<size_t, kCount>& differentiable) {

@@ -27,18 +27,20 @@ enum Argument : size_t {
   kKeptWeight,
   kNumKept,
 };
-constexpr std::array<size_t, 9> kDifferentiable = {kInput,   kWeightLoc, kWeightRho,    kBiasLoc,       kBiasRho,
-                                                   kPriorLoc, kPriorScale, kBiasPriorLoc, kBiasPriorScale};
+constexpr std::array<size_t, 9> kDifferentiable = {kInput,      kWeightLoc,    kWeightRho,
+                                                   kBiasLoc,    kBiasRho,      kPriorLoc,
+                                                   kPriorScale, kBiasPriorLoc, kBiasPriorScale};
 
 // The options as two flat lists: autograd's saved_data holds no structs.
 std::vector<double> pack_doubles(const ConvOptions& o) {
   return {o.prior[0], o.prior[1], o.prior[2], o.prior[3], o.scale_floor, o.activation_param};
 }
 std::vector<int64_t> pack_ints(const ConvOptions& o) {
-  return {o.weight_kl,   o.bias_kl,       o.stride[0],         o.stride[1],         o.padding[0],
-          o.padding[1],  o.padding[2],    o.padding[3],        o.dilation[0],       o.dilation[1],
-          o.groups,      o.activation,    o.num_samples,       o.share_input,       o.offset_add,
-          o.element_offset[0], o.element_offset[1], o.algorithm};
+  return {o.weight_kl,         o.bias_kl,     o.stride[0],  o.stride[1],
+          o.padding[0],        o.padding[1],  o.padding[2], o.padding[3],
+          o.dilation[0],       o.dilation[1], o.groups,     o.activation,
+          o.num_samples,       o.share_input, o.offset_add, o.element_offset[0],
+          o.element_offset[1], o.algorithm};
 }
 ConvOptions unpack(const std::vector<double>& d, const std::vector<int64_t>& i) {
   ConvOptions o = {};
@@ -78,36 +80,37 @@ Tensors4 call_bconv2d(const at::Tensor& input, const at::Tensor& weight_loc,
   return op.call(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc, prior_scale,
                  bias_prior_loc, bias_prior_scale, o.prior, o.weight_kl, o.bias_kl, o.scale_floor,
                  o.stride, o.padding, o.dilation, o.groups, o.activation, o.activation_param,
-                 o.num_samples, o.share_input, o.offset_add, o.element_offset, o.algorithm, keep_weight,
-                 save_pre_activation);
+                 o.num_samples, o.share_input, o.offset_add, o.element_offset, o.algorithm,
+                 keep_weight, save_pre_activation);
 }
 
 Tensors9 call_backward(const variable_list& kept, const at::Tensor& grad_output,
-                       const at::Tensor& grad_kl, const ConvOptions& o, const std::array<bool, 9>& mask) {
+                       const at::Tensor& grad_kl, const ConvOptions& o,
+                       const std::array<bool, 9>& mask) {
   static const auto op = find_op<Bconv2dBackwardSignature>("fastbconv::bconv2d_backward");
   return op.call(grad_output, or_nullopt(grad_kl), kept[kInput], or_nullopt(kept[kSaved]),
                  or_nullopt(kept[kKeptWeight]), kept[kWeightLoc], or_nullopt(kept[kWeightRho]),
                  or_nullopt(kept[kBiasLoc]), or_nullopt(kept[kBiasRho]), kept[kSeed],
                  or_nullopt(kept[kPriorLoc]), or_nullopt(kept[kPriorScale]),
-                 or_nullopt(kept[kBiasPriorLoc]), or_nullopt(kept[kBiasPriorScale]), o.prior, o.weight_kl,
-                 o.bias_kl, o.scale_floor, o.stride, o.padding, o.dilation, o.groups, o.activation,
-                 o.activation_param, o.num_samples, o.share_input, o.offset_add, o.element_offset,
-                 o.algorithm, mask);
+                 or_nullopt(kept[kBiasPriorLoc]), or_nullopt(kept[kBiasPriorScale]), o.prior,
+                 o.weight_kl, o.bias_kl, o.scale_floor, o.stride, o.padding, o.dilation, o.groups,
+                 o.activation, o.activation_param, o.num_samples, o.share_input, o.offset_add,
+                 o.element_offset, o.algorithm, mask);
 }
 
 // Only the KL was used: no pixel is touched. grads in the order loc, rho, prior_loc, prior_scale.
-Tensors4 kl_backward(const variable_list& kept, bool with_kl, size_t loc, size_t rho, size_t prior_loc,
-                     size_t prior_scale, const at::Tensor& grad_kl, Doubles prior, double scale_floor,
-                     std::array<bool, 4> mask) {
+Tensors4 kl_backward(const variable_list& kept, bool with_kl, size_t loc, size_t rho,
+                     size_t prior_loc, size_t prior_scale, const at::Tensor& grad_kl, Doubles prior,
+                     double scale_floor, std::array<bool, 4> mask) {
   static const auto op = find_op<KlNormalBackwardSignature>("fastbconv::kl_normal_backward");
   const bool any = mask[0] || mask[1] || mask[2] || mask[3];
   if (!with_kl || !any || !kept[rho].defined()) return {};
-  return op.call(grad_kl, kept[loc], kept[rho], or_nullopt(kept[prior_loc]), or_nullopt(kept[prior_scale]),
-                 prior, scale_floor, mask);
+  return op.call(grad_kl, kept[loc], kept[rho], or_nullopt(kept[prior_loc]),
+                 or_nullopt(kept[prior_scale]), prior, scale_floor, mask);
 }
 
-Tensors9 call_kl_backward(const variable_list& kept, const at::Tensor& grad_kl, const ConvOptions& o,
-                          const std::array<bool, 9>& mask) {
+Tensors9 call_kl_backward(const variable_list& kept, const at::Tensor& grad_kl,
+                          const ConvOptions& o, const std::array<bool, 9>& mask) {
   const Doubles prior = o.prior;
   const auto [w_loc, w_rho, w_prior_loc, w_prior_scale] =
       kl_backward(kept, o.weight_kl, kWeightLoc, kWeightRho, kPriorLoc, kPriorScale, grad_kl,
@@ -115,24 +118,27 @@ Tensors9 call_kl_backward(const variable_list& kept, const at::Tensor& grad_kl, 
   const auto [b_loc, b_rho, b_prior_loc, b_prior_scale] =
       kl_backward(kept, o.bias_kl, kBiasLoc, kBiasRho, kBiasPriorLoc, kBiasPriorScale, grad_kl,
                   prior.slice(2, 2), o.scale_floor, {mask[3], mask[4], mask[7], mask[8]});
-  return {at::Tensor(), w_loc, w_rho, b_loc, b_rho, w_prior_loc, w_prior_scale, b_prior_loc, b_prior_scale};
+  return {at::Tensor(), w_loc,         w_rho,       b_loc,        b_rho,
+          w_prior_loc,  w_prior_scale, b_prior_loc, b_prior_scale};
 }
 
 class Bconv2dFunction : public torch::autograd::Function<Bconv2dFunction> {
  public:
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight_loc,
-                               const OptionalTensor& weight_rho, const OptionalTensor& bias_loc,
-                               const OptionalTensor& bias_rho, const at::Tensor& seed,
-                               const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& input,
+                               const at::Tensor& weight_loc, const OptionalTensor& weight_rho,
+                               const OptionalTensor& bias_loc, const OptionalTensor& bias_rho,
+                               const at::Tensor& seed, const OptionalTensor& prior_loc,
+                               const OptionalTensor& prior_scale,
                                const OptionalTensor& bias_prior_loc,
                                const OptionalTensor& bias_prior_scale, const CallExtras& extras) {
     const auto activation = static_cast<Activation>(extras.options.activation);
     const bool needs_pre = needs_pre_activation(activation);
-    auto [output, kl, pre_activation, weight] = call_bconv2d(
-        input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc, prior_scale, bias_prior_loc,
-        bias_prior_scale, extras.options, extras.keep_weight, extras.save_pre_activation || needs_pre);
+    auto [output, kl, pre_activation, weight] =
+        call_bconv2d(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc,
+                     prior_scale, bias_prior_loc, bias_prior_scale, extras.options,
+                     extras.keep_weight, extras.save_pre_activation || needs_pre);
     variable_list kept(kNumKept);
     kept[kInput] = input;
     kept[kWeightLoc] = weight_loc;
@@ -150,15 +156,16 @@ class Bconv2dFunction : public torch::autograd::Function<Bconv2dFunction> {
     ctx->saved_data["doubles"] = pack_doubles(extras.options);
     ctx->saved_data["ints"] = pack_ints(extras.options);
     ctx->set_materialize_grads(false);
-    *extras.pre_activation = extras.save_pre_activation ? pre_activation : pre_activation.new_empty({0});
+    *extras.pre_activation =
+        extras.save_pre_activation ? pre_activation : pre_activation.new_empty({0});
     *extras.weight = weight;
     return {output, kl};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list kept = ctx->get_saved_variables();
-    const ConvOptions options = unpack(ctx->saved_data["doubles"].toDoubleVector(),
-                                       ctx->saved_data["ints"].toIntVector());
+    const ConvOptions options =
+        unpack(ctx->saved_data["doubles"].toDoubleVector(), ctx->saved_data["ints"].toIntVector());
     std::vector<bool> defined(kNumArguments);
     for (size_t i = 0; i < kNumArguments; ++i) defined[i] = kept[i].defined();
     const auto mask = output_mask(ctx, defined, kDifferentiable);
@@ -183,24 +190,25 @@ Tensors4 bconv2d_autograd(const at::Tensor& input, const at::Tensor& weight_loc,
                           const OptionalTensor& weight_rho, const OptionalTensor& bias_loc,
                           const OptionalTensor& bias_rho, const at::Tensor& seed,
                           const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                          const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale,
-                          Doubles prior, bool weight_kl, bool bias_kl, double scale_floor,
-                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                          int64_t groups, int64_t activation, double activation_param,
-                          int64_t num_samples, bool share_input, int64_t offset_add,
-                          at::IntArrayRef element_offset, int64_t algorithm, bool keep_weight,
-                          bool save_pre_activation) {
-  refuse_forward_mode("fastbconv::bconv2d", input, weight_loc, weight_rho, bias_loc, bias_rho, prior_loc,
-                      prior_scale, bias_prior_loc, bias_prior_scale);
+                          const OptionalTensor& bias_prior_loc,
+                          const OptionalTensor& bias_prior_scale, Doubles prior, bool weight_kl,
+                          bool bias_kl, double scale_floor, at::IntArrayRef stride,
+                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                          int64_t activation, double activation_param, int64_t num_samples,
+                          bool share_input, int64_t offset_add, at::IntArrayRef element_offset,
+                          int64_t algorithm, bool keep_weight, bool save_pre_activation) {
+  refuse_forward_mode("fastbconv::bconv2d", input, weight_loc, weight_rho, bias_loc, bias_rho,
+                      prior_loc, prior_scale, bias_prior_loc, bias_prior_scale);
   at::Tensor pre_activation, weight;
   const CallExtras extras = {
-      conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding, dilation, groups, activation,
-                   activation_param, num_samples, share_input, offset_add, element_offset, algorithm),
+      conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding, dilation, groups,
+                   activation, activation_param, num_samples, share_input, offset_add,
+                   element_offset, algorithm),
       keep_weight, save_pre_activation, &pre_activation, &weight};
   if (!records_graph(input, weight_loc, weight_rho, bias_loc, bias_rho, prior_loc, prior_scale,
                      bias_prior_loc, bias_prior_scale)) {
-    return call_bconv2d(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc, prior_scale,
-                        bias_prior_loc, bias_prior_scale, extras.options, keep_weight,
+    return call_bconv2d(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc,
+                        prior_scale, bias_prior_loc, bias_prior_scale, extras.options, keep_weight,
                         save_pre_activation);
   }
   const variable_list out =

@@ -14,17 +14,19 @@ class SamplePosteriorFunction : public torch::autograd::Function<SamplePosterior
  public:
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& loc, const OptionalTensor& rho,
-                               const at::Tensor& seed, const OptionalTensor& prior_loc,
-                               const OptionalTensor& prior_scale, Doubles prior, bool with_kl,
-                               double scale_floor, int64_t stream, int64_t num_samples,
-                               int64_t offset_add, int64_t element_offset,
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& loc,
+                               const OptionalTensor& rho, const at::Tensor& seed,
+                               const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+                               Doubles prior, bool with_kl, double scale_floor, int64_t stream,
+                               int64_t num_samples, int64_t offset_add, int64_t element_offset,
                                std::optional<at::ScalarType> dtype) {
     static const auto op = find_op<SamplePosteriorSignature>("fastbconv::sample_posterior");
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [sample, kl] = op.call(loc, rho, seed, prior_loc, prior_scale, prior, with_kl, scale_floor,
-                                      stream, num_samples, offset_add, element_offset, dtype);
-    ctx->save_for_backward({loc, or_undefined(rho), seed, or_undefined(prior_loc), or_undefined(prior_scale)});
+    const auto [sample, kl] =
+        op.call(loc, rho, seed, prior_loc, prior_scale, prior, with_kl, scale_floor, stream,
+                num_samples, offset_add, element_offset, dtype);
+    ctx->save_for_backward(
+        {loc, or_undefined(rho), seed, or_undefined(prior_loc), or_undefined(prior_scale)});
     ctx->saved_data["doubles"] = std::vector<double>{prior[0], prior[1], scale_floor};
     ctx->saved_data["ints"] =
         std::vector<int64_t>{with_kl, stream, num_samples, offset_add, element_offset};
@@ -33,7 +35,8 @@ class SamplePosteriorFunction : public torch::autograd::Function<SamplePosterior
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<SamplePosteriorBackwardSignature>("fastbconv::sample_posterior_backward");
+    static const auto op =
+        find_op<SamplePosteriorBackwardSignature>("fastbconv::sample_posterior_backward");
     constexpr size_t kForwardArguments = 13;
     const variable_list kept = ctx->get_saved_variables();
     std::vector<bool> defined;
@@ -44,9 +47,9 @@ class SamplePosteriorFunction : public torch::autograd::Function<SamplePosterior
     const at::Tensor grad_kl = i[0] != 0 ? grads[1] : at::Tensor();
     variable_list out(kForwardArguments);
     if (!grads[0].defined() && !grad_kl.defined()) return out;
-    const auto g = op.call(or_nullopt(grads[0]), or_nullopt(grad_kl), kept[0], or_nullopt(kept[1]), kept[2],
-                           or_nullopt(kept[3]), or_nullopt(kept[4]), Doubles(d).slice(0, 2), d[2], i[1],
-                           i[2], i[3], i[4], mask);
+    const auto g = op.call(or_nullopt(grads[0]), or_nullopt(grad_kl), kept[0], or_nullopt(kept[1]),
+                           kept[2], or_nullopt(kept[3]), or_nullopt(kept[4]),
+                           Doubles(d).slice(0, 2), d[2], i[1], i[2], i[3], i[4], mask);
     out[0] = if_wanted(mask[0], std::get<0>(g));
     out[1] = if_wanted(mask[1], std::get<1>(g));
     out[3] = if_wanted(mask[2], std::get<2>(g));
@@ -55,16 +58,17 @@ class SamplePosteriorFunction : public torch::autograd::Function<SamplePosterior
   }
 };
 
-Tensors2 sample_posterior_autograd(const at::Tensor& loc, const OptionalTensor& rho, const at::Tensor& seed,
-                                   const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                                   Doubles prior, bool with_kl, double scale_floor, int64_t stream,
-                                   int64_t num_samples, int64_t offset_add, int64_t element_offset,
+Tensors2 sample_posterior_autograd(const at::Tensor& loc, const OptionalTensor& rho,
+                                   const at::Tensor& seed, const OptionalTensor& prior_loc,
+                                   const OptionalTensor& prior_scale, Doubles prior, bool with_kl,
+                                   double scale_floor, int64_t stream, int64_t num_samples,
+                                   int64_t offset_add, int64_t element_offset,
                                    std::optional<at::ScalarType> dtype) {
   refuse_forward_mode("fastbconv::sample_posterior", loc, rho, prior_loc, prior_scale);
   expect_length("prior", 2, prior.size());
-  const auto out = SamplePosteriorFunction::apply(loc, rho, seed, prior_loc, prior_scale, prior, with_kl,
-                                                  scale_floor, stream, num_samples, offset_add,
-                                                  element_offset, dtype);
+  const auto out = SamplePosteriorFunction::apply(loc, rho, seed, prior_loc, prior_scale, prior,
+                                                  with_kl, scale_floor, stream, num_samples,
+                                                  offset_add, element_offset, dtype);
   return {out[0], out[1]};
 }
 
@@ -103,8 +107,9 @@ class KlNormalFunction : public torch::autograd::Function<KlNormalFunction> {
   }
 };
 
-at::Tensor kl_normal_autograd(const at::Tensor& loc, const at::Tensor& rho, const OptionalTensor& prior_loc,
-                              const OptionalTensor& prior_scale, Doubles prior, double scale_floor) {
+at::Tensor kl_normal_autograd(const at::Tensor& loc, const at::Tensor& rho,
+                              const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+                              Doubles prior, double scale_floor) {
   refuse_forward_mode("fastbconv::kl_normal", loc, rho, prior_loc, prior_scale);
   expect_length("prior", 2, prior.size());
   return KlNormalFunction::apply(loc, rho, prior_loc, prior_scale, prior, scale_floor);
@@ -114,7 +119,8 @@ at::Tensor kl_normal_autograd(const at::Tensor& loc, const at::Tensor& rho, cons
 struct RefuseDoubleBackward : torch::autograd::Node {
   explicit RefuseDoubleBackward(std::string op) : op_(std::move(op)) {}
   variable_list apply(variable_list&&) override {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, op_, ": expected a first derivative, got a second one; double "
+    TORCH_CHECK_NOT_IMPLEMENTED(false, op_,
+                                ": expected a first derivative, got a second one; double "
                                 "backward is not implemented, use algorithm 'reference' for it");
   }
   std::string name() const override { return "RefuseDoubleBackward"; }
@@ -123,7 +129,8 @@ struct RefuseDoubleBackward : torch::autograd::Node {
   std::string op_;
 };
 
-// Nodes are held by shared_ptr up to torch 2.11 and by intrusive_ptr since; the type of an edge tells.
+// Nodes are held by shared_ptr up to torch 2.11 and by intrusive_ptr since; the type of an edge
+// tells.
 template <typename NodeType, typename Pointer = decltype(torch::autograd::Edge::function)>
 Pointer make_node(const std::string& op) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
@@ -133,7 +140,8 @@ Pointer make_node(const std::string& op) {
   }
 }
 
-// Boxed: one kernel for all of them. It is passed on the way only where a graph is recorded or traced.
+// Boxed: one kernel for all of them. It is passed on the way only where a graph is recorded or
+// traced.
 void backward_op_autograd(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const std::string name = op.schema().name();
   variable_list inputs;
@@ -162,7 +170,8 @@ TORCH_LIBRARY_IMPL(fastbconv, Autograd, m) {
   m.impl("sample_posterior", sample_posterior_autograd);
   m.impl("kl_normal", kl_normal_autograd);
   m.impl("bconv2d_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
-  m.impl("sample_posterior_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
+  m.impl("sample_posterior_backward",
+         torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
   m.impl("kl_normal_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
   m.impl("standard_normal", torch::CppFunction::makeFallthrough());  // integers in, no derivative
   m.impl("philox4x32_10", torch::CppFunction::makeFallthrough());

@@ -1,5 +1,5 @@
-// Argument checks of the operators: what memory safety needs, before any pointer is taken. Checks that
-// only help the user live in fastbconv/functional.py.
+// Argument checks of the operators: what memory safety needs, before any pointer is taken. Checks
+// that only help the user live in fastbconv/functional.py.
 //
 // Messages read "name: expected X, got Y". A wrong value or shape is a ValueError, a wrong dtype a
 // TypeError, something valid that no kernel does a NotImplementedError.
@@ -40,8 +40,8 @@ inline void expect_dtype(const char* name, at::ScalarType expected, const at::Te
 }
 
 inline void expect_cpu(const char* name, const at::Tensor& got) {
-  TORCH_CHECK_VALUE(got.device().is_cpu(), name, ": expected a tensor on cpu, as the other arguments, got ",
-                    got.device());
+  TORCH_CHECK_VALUE(got.device().is_cpu(), name,
+                    ": expected a tensor on cpu, as the other arguments, got ", got.device());
 }
 
 inline void expect_length(const char* name, size_t expected, size_t got) {

@@ -26,9 +26,7 @@ struct ConvCall {
   at::ScalarType compute_dtype;  // of the input
 
   bool has_bias() const { return bias.loc != nullptr; }
-  bool is_empty() const {
-    return shape.output_rows() == 0 || shape.P == 0 || shape.Q == 0;
-  }
+  bool is_empty() const { return shape.output_rows() == 0 || shape.P == 0 || shape.Q == 0; }
   at::ScalarType parameter_dtype() const { return weight.loc->scalar_type(); }
   ConvProblem problem() const;
 };
@@ -88,8 +86,8 @@ template <typename T>
 void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
                   const PosteriorGrads<T>& grads);
 
-// What `back` wants. weight: (num_samples, K, C/G, R, S) and bias: (num_samples, K), in the parameters'
-// dtype; undefined where not wanted.
+// What `back` wants. weight: (num_samples, K, C/G, R, S) and bias: (num_samples, K), in the
+// parameters' dtype; undefined where not wanted.
 struct LibraryGradients {
   at::Tensor input, weight, bias;
 };
@@ -97,7 +95,8 @@ template <typename T>
 LibraryGradients backward_library(const ConvCall& call, const ConvBackward& back,
                                   const at::Tensor& grad);
 
-// Draws every sample of the bias: (num_samples, K) in the parameters' dtype. kl as for draw_sample().
+// Draws every sample of the bias: (num_samples, K) in the parameters' dtype. kl as for
+// draw_sample().
 template <typename T>
 at::Tensor draw_bias(const ConvCall& call, double* kl);
 

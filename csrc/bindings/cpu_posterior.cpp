@@ -13,8 +13,8 @@ namespace fbc {
 
 namespace {
 
-// The KL is a plain sum in a fixed order, and so is the gradient of a scalar prior: rows in parallel,
-// their sums in order. at::sum would choose its order by the number of threads.
+// The KL is a plain sum in a fixed order, and so is the gradient of a scalar prior: rows in
+// parallel, their sums in order. at::sum would choose its order by the number of threads.
 template <typename T>
 double sum_in_fixed_order(const at::Tensor& full) {
   const at::Tensor rows = full.contiguous().reshape({full.dim() == 0 ? 1 : full.size(0), -1});
@@ -59,8 +59,9 @@ OptionalTensor merge_taps(const OptionalTensor& parameter, at::IntArrayRef sizes
 // The result points into the arguments. rho comes as a pointer: as an OptionalTensor a plain tensor
 // would be copied into a temporary that is gone on return.
 PosteriorTensors posterior_tensors(const at::Tensor& loc, const at::Tensor* rho,
-                                   const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                                   Doubles prior, double scale_floor) {
+                                   const OptionalTensor& prior_loc,
+                                   const OptionalTensor& prior_scale, Doubles prior,
+                                   double scale_floor) {
   expect_defined("loc", loc);
   expect_length("prior", 2, prior.size());
   PosteriorTensors t = {};
@@ -76,7 +77,8 @@ PosteriorTensors posterior_tensors(const at::Tensor& loc, const at::Tensor* rho,
 }
 
 Stream checked_stream(int64_t stream) {
-  TORCH_CHECK_VALUE(stream >= 0 && stream < 16, "stream: expected a number from 0 to 15, got ", stream);
+  TORCH_CHECK_VALUE(stream >= 0 && stream < 16, "stream: expected a number from 0 to 15, got ",
+                    stream);
   return static_cast<Stream>(stream);
 }
 
@@ -104,19 +106,22 @@ double draw_all(const PosteriorTensors& t, const at::Tensor& sample, bool with_k
   if (t.loc->numel() == 0) return kl;
   for (int64_t s = 0; s < sample.size(0); ++s) {
     const at::Tensor one = sample.select(0, s);
-    draw_sample(p, s,
-                {one.mutable_data_ptr(), dtype_of(one.scalar_type()), posterior_strides(one, one.dim())},
-                s == 0 && with_kl ? &kl : nullptr);
+    draw_sample(
+        p, s,
+        {one.mutable_data_ptr(), dtype_of(one.scalar_type()), posterior_strides(one, one.dim())},
+        s == 0 && with_kl ? &kl : nullptr);
   }
   return kl;
 }
 
-Tensors2 sample_posterior_cpu(const at::Tensor& loc, const OptionalTensor& rho, const at::Tensor& seed,
-                              const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                              Doubles prior, bool with_kl, double scale_floor, int64_t stream,
-                              int64_t num_samples, int64_t offset_add, int64_t element_offset,
+Tensors2 sample_posterior_cpu(const at::Tensor& loc, const OptionalTensor& rho,
+                              const at::Tensor& seed, const OptionalTensor& prior_loc,
+                              const OptionalTensor& prior_scale, Doubles prior, bool with_kl,
+                              double scale_floor, int64_t stream, int64_t num_samples,
+                              int64_t offset_add, int64_t element_offset,
                               std::optional<at::ScalarType> dtype) {
-  PosteriorTensors t = posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
+  PosteriorTensors t =
+      posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
   set_noise(&t, seed, stream, offset_add, element_offset);
   const std::vector<int64_t> sizes = sample_sizes(loc, num_samples);
   if (loc.dim() > 4) {
@@ -133,7 +138,8 @@ Tensors2 sample_posterior_cpu(const at::Tensor& loc, const OptionalTensor& rho, 
                    "dtype: expected ", is_double ? "float64" : "float32, bfloat16 or float16",
                    " for a parameter of ", loc.scalar_type(), ", got ", type);
   const at::Tensor sample = at::empty(sizes, loc.options().dtype(type));
-  const double kl = is_double ? draw_all<double>(t, sample, with_kl) : draw_all<float>(t, sample, with_kl);
+  const double kl =
+      is_double ? draw_all<double>(t, sample, with_kl) : draw_all<float>(t, sample, with_kl);
   return {sample, scalar_like(loc, kl)};
 }
 
@@ -170,27 +176,27 @@ at::Tensor split_taps(const at::Tensor& grad, const OptionalTensor& parameter) {
   return at::empty_like(*like).copy_(grad.reshape(like->sizes()));
 }
 
-at::Tensor split_prior_taps(const at::Tensor& grad, const OptionalTensor& prior, at::IntArrayRef sizes) {
+at::Tensor split_prior_taps(const at::Tensor& grad, const OptionalTensor& prior,
+                            at::IntArrayRef sizes) {
   const at::Tensor* like = get_if_defined(prior);
   return like == nullptr || grad.dim() != 4 ? grad : reduce_to_prior(grad.reshape(sizes), *like);
 }
 
-Tensors4 sample_posterior_backward_cpu(const OptionalTensor& grad_sample,
-                                       const OptionalTensor& grad_kl, const at::Tensor& loc,
-                                       const OptionalTensor& rho, const at::Tensor& seed,
-                                       const OptionalTensor& prior_loc,
-                                       const OptionalTensor& prior_scale, Doubles prior,
-                                       double scale_floor, int64_t stream, int64_t num_samples,
-                                       int64_t offset_add, int64_t element_offset,
-                                       std::array<bool, 4> mask) {
-  PosteriorTensors t = posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
+Tensors4 sample_posterior_backward_cpu(
+    const OptionalTensor& grad_sample, const OptionalTensor& grad_kl, const at::Tensor& loc,
+    const OptionalTensor& rho, const at::Tensor& seed, const OptionalTensor& prior_loc,
+    const OptionalTensor& prior_scale, Doubles prior, double scale_floor, int64_t stream,
+    int64_t num_samples, int64_t offset_add, int64_t element_offset, std::array<bool, 4> mask) {
+  PosteriorTensors t =
+      posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
   set_noise(&t, seed, stream, offset_add, element_offset);
   const std::vector<int64_t> sizes = sample_sizes(loc, num_samples);
   const at::Tensor* grad = get_if_defined(grad_sample);
   if (grad != nullptr) expect_shape("grad_sample", sizes, grad->sizes());
   if (loc.dim() <= 4) return backward_of_dtype(t, grad, get_if_defined(grad_kl), mask);
   OptionalTensor merged_grad;
-  if (grad != nullptr) merged_grad = grad->reshape({num_samples, sizes[1], sizes[2], -1, sizes.back()});
+  if (grad != nullptr)
+    merged_grad = grad->reshape({num_samples, sizes[1], sizes[2], -1, sizes.back()});
   const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] = sample_posterior_backward_cpu(
       merged_grad, grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), seed,
       merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, scale_floor,
@@ -200,8 +206,9 @@ Tensors4 sample_posterior_backward_cpu(const OptionalTensor& grad_sample,
           split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
 }
 
-at::Tensor kl_normal_cpu(const at::Tensor& loc, const at::Tensor& rho, const OptionalTensor& prior_loc,
-                         const OptionalTensor& prior_scale, Doubles prior, double scale_floor) {
+at::Tensor kl_normal_cpu(const at::Tensor& loc, const at::Tensor& rho,
+                         const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+                         Doubles prior, double scale_floor) {
   expect_defined("rho", rho);
   const auto t = posterior_tensors(loc, &rho, prior_loc, prior_scale, prior, scale_floor);
   if (loc.dim() > 4) {
@@ -215,23 +222,25 @@ at::Tensor kl_normal_cpu(const at::Tensor& loc, const at::Tensor& rho, const Opt
   return scalar_like(loc, kl);
 }
 
-Tensors4 kl_normal_backward_cpu(const at::Tensor& grad_kl, const at::Tensor& loc, const at::Tensor& rho,
-                                const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                                Doubles prior, double scale_floor, std::array<bool, 4> mask) {
+Tensors4 kl_normal_backward_cpu(const at::Tensor& grad_kl, const at::Tensor& loc,
+                                const at::Tensor& rho, const OptionalTensor& prior_loc,
+                                const OptionalTensor& prior_scale, Doubles prior,
+                                double scale_floor, std::array<bool, 4> mask) {
   expect_defined("grad_kl", grad_kl);
   expect_defined("rho", rho);
   const auto t = posterior_tensors(loc, &rho, prior_loc, prior_scale, prior, scale_floor);
   if (loc.dim() <= 4) return backward_of_dtype(t, nullptr, &grad_kl, mask);
-  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] = kl_normal_backward_cpu(
-      grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
-      merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, scale_floor, mask);
+  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] =
+      kl_normal_backward_cpu(grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
+                             merge_taps(prior_loc, loc.sizes()),
+                             merge_taps(prior_scale, loc.sizes()), prior, scale_floor, mask);
   return {split_taps(g_loc, loc), split_taps(g_rho, rho),
           split_prior_taps(g_prior_loc, prior_loc, loc.sizes()),
           split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
 }
 
-at::Tensor standard_normal_cpu(const at::Tensor& seed, int64_t numel, int64_t stream, int64_t sample,
-                               int64_t element_offset) {
+at::Tensor standard_normal_cpu(const at::Tensor& seed, int64_t numel, int64_t stream,
+                               int64_t sample, int64_t element_offset) {
   expect_seed(seed);
   TORCH_CHECK_VALUE(numel >= 0, "numel: expected a value of at least 0, got ", numel);
   TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ",
@@ -242,7 +251,8 @@ at::Tensor standard_normal_cpu(const at::Tensor& seed, int64_t numel, int64_t st
   float* data = out.mutable_data_ptr<float>();
   const auto first = static_cast<uint64_t>(element_offset);
   at::parallel_for(0, numel, 16384, [&](int64_t begin, int64_t end) {
-    noise_kernels().normals(key, which, first + static_cast<uint64_t>(begin), end - begin, data + begin);
+    noise_kernels().normals(key, which, first + static_cast<uint64_t>(begin), end - begin,
+                            data + begin);
   });
   return out;
 }
@@ -254,9 +264,9 @@ uint32_t checked_word(const char* name, int64_t value) {
 }
 
 at::Tensor philox4x32_10_cpu(const at::Tensor& counter, const at::Tensor& key) {
-  for (const auto& [name, tensor, words] : {std::tuple<const char*, const at::Tensor*, int64_t>(
-                                                "counter", &counter, 4),
-                                            {"key", &key, 2}}) {
+  for (const auto& [name, tensor, words] :
+       {std::tuple<const char*, const at::Tensor*, int64_t>("counter", &counter, 4),
+        {"key", &key, 2}}) {
     expect_defined(name, *tensor);
     expect_dtype(name, at::kLong, *tensor);
     expect_cpu(name, *tensor);

@@ -1,5 +1,5 @@
-// Activations of the library provider: ATen's own vectorised functions, so that it costs what the same
-// layer costs in PyTorch. Formulas and ids: csrc/core/activation.h.
+// Activations of the library provider: ATen's own vectorised functions, so that it costs what the
+// same layer costs in PyTorch. Formulas and ids: csrc/core/activation.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>

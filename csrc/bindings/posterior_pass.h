@@ -1,5 +1,5 @@
-// Passes over one posterior, in parallel: draw a sample, sum the KL, form the gradients. Shared by the
-// convolution operators and by sample_posterior and kl_normal.
+// Passes over one posterior, in parallel: draw a sample, sum the KL, form the gradients. Shared by
+// the convolution operators and by sample_posterior and kl_normal.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -17,7 +17,8 @@
 namespace fbc {
 
 // at::parallel_for as the kernels see it. Serial, as thread 0, inside another parallel region.
-inline void run_parallel(int64_t tasks, void (*task)(void*, int32_t, int64_t, int64_t), void* context) {
+inline void run_parallel(int64_t tasks, void (*task)(void*, int32_t, int64_t, int64_t),
+                         void* context) {
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     task(context, at::get_thread_num(), begin, end);
   });
@@ -51,7 +52,8 @@ template <typename T>
 void draw_sample(const PosteriorParams<T>& p, int64_t sample, const WeightOut& out, double* kl) {
   const auto& table = kernels<T>();
   if (kl == nullptr || p.rho == nullptr) {
-    for_rows(p, [&](int64_t begin, int64_t end) { table.sample(p, sample, begin, end, out, nullptr); });
+    for_rows(
+        p, [&](int64_t begin, int64_t end) { table.sample(p, sample, begin, end, out, nullptr); });
     return;
   }
   KlPartials<T> partials(p);
@@ -65,14 +67,13 @@ template <typename T>
 double kl_divergence(const PosteriorParams<T>& p) {
   if (p.rho == nullptr) return 0.0;
   KlPartials<T> partials(p);
-  for_rows(p, [&](int64_t begin, int64_t end) {
-    kernels<T>().kl(p, begin, end, partials.data());
-  });
+  for_rows(p, [&](int64_t begin, int64_t end) { kernels<T>().kl(p, begin, end, partials.data()); });
   return partials.sum();
 }
 
 inline at::Tensor scalar_like(const at::Tensor& parameter, double value) {
-  return at::empty({}, parameter.options().memory_format(c10::MemoryFormat::Contiguous)).fill_(value);
+  return at::empty({}, parameter.options().memory_format(c10::MemoryFormat::Contiguous))
+      .fill_(value);
 }
 
 // Gradients of one posterior and its prior, in the order loc, rho, prior_loc, prior_scale. Unwanted
@@ -88,12 +89,13 @@ inline at::Tensor empty_gradient(const at::Tensor& parameter) {
   return at::empty({0}, parameter.options());
 }
 
-// Allocates the wanted gradients and binds them to the kernels' struct. Then run the kernel and call
-// finish(), which sums prior gradients to the shape of their prior.
+// Allocates the wanted gradients and binds them to the kernels' struct. Then run the kernel and
+// call finish(), which sums prior gradients to the shape of their prior.
 template <typename T>
 class GradientBinder {
  public:
-  GradientBinder(const PosteriorTensors& t, std::array<bool, 4> wanted, double grad_kl) : tensors_(t) {
+  GradientBinder(const PosteriorTensors& t, std::array<bool, 4> wanted, double grad_kl)
+      : tensors_(t) {
     const at::Tensor& loc = *t.loc;
     grads.grad_kl = static_cast<T>(t.rho == nullptr ? 0.0 : grad_kl);
     out_.loc = wanted[0] ? at::empty_like(loc) : empty_gradient(loc);

@@ -1,5 +1,5 @@
-// The library provider: our fused sampling pass into one weight tensor, ATen's convolution, activation
-// in place. Backward draws the weight again unless it was kept.
+// The library provider: our fused sampling pass into one weight tensor, ATen's convolution,
+// activation in place. Backward draws the weight again unless it was kept.
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -34,21 +34,24 @@ at::Tensor prepare_input(const ConvCall& call, const at::Tensor& image) {
 }
 
 std::array<int64_t, 2> remaining_padding(const ConvShape& s) {
-  return pads_first(s) ? std::array<int64_t, 2>{0, 0} : std::array<int64_t, 2>{s.pad_top, s.pad_left};
+  return pads_first(s) ? std::array<int64_t, 2>{0, 0}
+                       : std::array<int64_t, 2>{s.pad_top, s.pad_left};
 }
 
-// (K, C/G, R, S), not filled. ATen's convolution takes the output's memory format from its weight as
-// well as from its input, so the weight has the format of the input.
+// (K, C/G, R, S), not filled. ATen's convolution takes the output's memory format from its weight
+// as well as from its input, so the weight has the format of the input.
 at::Tensor empty_weight(const ConvCall& call) {
   const auto options = call.weight.loc->options().dtype(call.compute_dtype);
   return at::empty(call.weight.loc->sizes(), options.memory_format(call.format));
 }
 
 template <typename T>
-at::Tensor draw_weight(const ConvCall& call, const PosteriorParams<T>& p, int64_t sample, double* kl) {
+at::Tensor draw_weight(const ConvCall& call, const PosteriorParams<T>& p, int64_t sample,
+                       double* kl) {
   at::Tensor weight = empty_weight(call);
-  draw_sample(p, sample,
-              {weight.mutable_data_ptr(), dtype_of(call.compute_dtype), posterior_strides(weight, 4)}, kl);
+  draw_sample(
+      p, sample,
+      {weight.mutable_data_ptr(), dtype_of(call.compute_dtype), posterior_strides(weight, 4)}, kl);
   return weight;
 }
 
@@ -57,7 +60,8 @@ at::Tensor as_convolution_weight(const ConvCall& call, const at::Tensor& weight)
 }
 
 // Rows [begin, end) of `image` that draw `sample` reads or writes.
-at::Tensor rows_of_sample(const ConvCall& call, const at::Tensor& image, int64_t sample, bool shared) {
+at::Tensor rows_of_sample(const ConvCall& call, const at::Tensor& image, int64_t sample,
+                          bool shared) {
   if (shared || call.shape.num_samples == 1) return image;
   const int64_t rows = call.shape.rows_per_sample();
   return image.narrow(0, sample * rows, rows);
@@ -79,7 +83,8 @@ at::Tensor convolve_sample(const ConvCall& call, const PosteriorParams<T>& p, in
 at::Tensor with_canonical_strides(const at::Tensor& tensor, at::ScalarType dtype,
                                   c10::MemoryFormat format) {
   if (tensor.scalar_type() == dtype && tensor.is_contiguous(format)) {
-    const int64_t c = std::max<int64_t>(tensor.size(1), 1), h = std::max<int64_t>(tensor.size(2), 1),
+    const int64_t c = std::max<int64_t>(tensor.size(1), 1),
+                  h = std::max<int64_t>(tensor.size(2), 1),
                   w = std::max<int64_t>(tensor.size(3), 1);
     const std::array<int64_t, 4> wanted = format == c10::MemoryFormat::ChannelsLast
                                               ? std::array<int64_t, 4>{h * w * c, 1, w * c, c}
@@ -100,12 +105,14 @@ void forward_library(const ConvCall& call, ConvOutputs* out) {
   const at::Tensor input = prepare_input(call, *call.input);
   at::Tensor biases;
   if (call.has_bias()) {
-    biases = draw_bias<T>(call, call.options.bias_kl ? &out->kl : nullptr).to(arithmetic_dtype(call));
+    biases =
+        draw_bias<T>(call, call.options.bias_kl ? &out->kl : nullptr).to(arithmetic_dtype(call));
   }
   if (s.num_samples > 1) out->output = empty_output(call);
   for (int64_t sample = 0; sample < s.num_samples; ++sample) {
     const at::Tensor rows = rows_of_sample(call, input, sample, s.share_input);
-    const OptionalTensor bias = biases.defined() ? OptionalTensor(biases.select(0, sample)) : std::nullopt;
+    const OptionalTensor bias =
+        biases.defined() ? OptionalTensor(biases.select(0, sample)) : std::nullopt;
     const at::Tensor y = convolve_sample(call, p, sample, rows, bias, out);
     if (s.num_samples == 1) {
       out->output = with_canonical_strides(y, call.compute_dtype, call.format);
@@ -149,7 +156,8 @@ LibraryGradients backward_sample(const ConvCall& call, const PosteriorParams<T>&
                                  const at::Tensor& grad, std::array<bool, 3> wanted) {
   at::Tensor weight;
   if (wanted[0]) {
-    weight = back.weight != nullptr ? back.weight->select(0, sample) : draw_weight(call, p, sample, nullptr);
+    weight = back.weight != nullptr ? back.weight->select(0, sample)
+                                    : draw_weight(call, p, sample, nullptr);
   } else {
     weight = empty_weight(call);  // only its extents are read
   }
@@ -205,7 +213,8 @@ LibraryGradients backward_library(const ConvCall& call, const ConvBackward& back
     }
   }
   if (back.wants_input) {
-    sum.input = with_canonical_strides(without_padding(call, sum.input), call.compute_dtype, call.format);
+    sum.input =
+        with_canonical_strides(without_padding(call, sum.input), call.compute_dtype, call.format);
   }
   return sum;
 }

@@ -1,6 +1,6 @@
-// Every operator of the library on one page. The schemas are frozen: later work registers kernels for
-// more keys and algorithms, it does not change a line here. fastbconv/ops.py quotes them, with what
-// each argument means.
+// Every operator of the library on one page. The schemas are frozen: later work registers kernels
+// for more keys and algorithms, it does not change a line here. fastbconv/ops.py quotes them, with
+// what each argument means.
 #include <torch/library.h>
 
 TORCH_LIBRARY(fastbconv, m) {

@@ -40,18 +40,20 @@ using Bconv2dBackwardSignature = Tensors9(
     bool share_input, int64_t offset_add, at::IntArrayRef element_offset, int64_t algorithm,
     std::array<bool, 9> output_mask);
 
-using SamplePosteriorSignature = Tensors2(
-    const at::Tensor& loc, const OptionalTensor& rho, const at::Tensor& seed,
-    const OptionalTensor& prior_loc, const OptionalTensor& prior_scale, Doubles prior, bool with_kl,
-    double scale_floor, int64_t stream, int64_t num_samples, int64_t offset_add,
-    int64_t element_offset, std::optional<at::ScalarType> dtype);
+using SamplePosteriorSignature = Tensors2(const at::Tensor& loc, const OptionalTensor& rho,
+                                          const at::Tensor& seed, const OptionalTensor& prior_loc,
+                                          const OptionalTensor& prior_scale, Doubles prior,
+                                          bool with_kl, double scale_floor, int64_t stream,
+                                          int64_t num_samples, int64_t offset_add,
+                                          int64_t element_offset,
+                                          std::optional<at::ScalarType> dtype);
 
-using SamplePosteriorBackwardSignature = Tensors4(
-    const OptionalTensor& grad_sample, const OptionalTensor& grad_kl, const at::Tensor& loc,
-    const OptionalTensor& rho, const at::Tensor& seed, const OptionalTensor& prior_loc,
-    const OptionalTensor& prior_scale, Doubles prior, double scale_floor, int64_t stream,
-    int64_t num_samples, int64_t offset_add, int64_t element_offset,
-    std::array<bool, 4> output_mask);
+using SamplePosteriorBackwardSignature =
+    Tensors4(const OptionalTensor& grad_sample, const OptionalTensor& grad_kl,
+             const at::Tensor& loc, const OptionalTensor& rho, const at::Tensor& seed,
+             const OptionalTensor& prior_loc, const OptionalTensor& prior_scale, Doubles prior,
+             double scale_floor, int64_t stream, int64_t num_samples, int64_t offset_add,
+             int64_t element_offset, std::array<bool, 4> output_mask);
 
 using KlNormalSignature = at::Tensor(const at::Tensor& loc, const at::Tensor& rho,
                                      const OptionalTensor& prior_loc,

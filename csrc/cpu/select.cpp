@@ -15,13 +15,49 @@ const char* winograd2_cannot(const ConvProblem& problem, Direction) {
   return nullptr;
 }
 
-// Below one vector of channels the transforms cost more than they save; float64 is for checking
-// gradients, where the plainest sum is the best.
-const char* winograd2_not_chosen(const ConvProblem& problem, Direction) {
+bool is_16_bit(const ConvProblem& problem) {
+  return problem.dtype == Dtype::kBFloat16 || problem.dtype == Dtype::kFloat16;
+}
+
+int64_t winograd_tiles(const ConvShape& s) {
+  return s.output_rows() * ((s.P + 1) / 2) * ((s.Q + 1) / 2);
+}
+
+// Measured over the grid of benchmarks/selection.py, float32, AVX-512: the transforms of the weight
+// must be shared by enough tiles; below two vectors of channels they cost more than they save.
+// float64 is for checking gradients, where the plainest sum is the best.
+const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
   if (problem.dtype == Dtype::kFloat64) return "float64 is computed by the direct kernels";
-  if (s.C < 16 || s.K < 16) return "there are too few channels for the transforms to pay";
+  if (is_16_bit(problem)) return "PyTorch's 16-bit convolution is faster";
+  if (s.C < 32 || s.K < 32) return "there are too few channels for the transforms to pay";
+  const int64_t tiles = winograd_tiles(s) / s.num_samples;
+  const int64_t least = direction == Direction::kFprop ? s.C * s.K / 1024 : 0;
+  if (tiles <= 64 || tiles <= least) return "there are too few pixels for the transforms to pay";
   return nullptr;
+}
+
+// Where the direct kernels beat the library, or come within 5 %, on the same grid.
+bool direct_is_as_fast(const ConvProblem& problem, Direction direction) {
+  const ConvShape& s = problem.shape;
+  if (is_16_bit(problem) || problem.isa == Isa::kBaseline) return false;
+  const int64_t channels = s.channels_per_group(), filters = s.filters_per_group();
+  const bool one_pixel = s.P * s.Q == 1 && s.H * s.W == 1;  // a linear layer
+  const bool pointwise = s.R * s.S == 1;
+  if (s.groups > 1 && (channels < 32 || filters < 32)) return false;
+  if (one_pixel) return true;
+  switch (direction) {
+    case Direction::kFprop:
+      if (!problem.channels_last && (channels < 16 || pointwise)) return false;
+      return filters > 16;
+    case Direction::kDgrad:
+      if (s.groups == 1 && channels <= 8 && !pointwise) return problem.channels_last;
+      if (!problem.channels_last && s.stride_h * s.stride_w > 1) return true;
+      return channels >= 64 && s.stride_h * s.stride_w == 1 && !pointwise;
+    case Direction::kWgrad:
+      return channels >= 64 && !pointwise;
+  }
+  return false;
 }
 
 const char* winograd4_cannot(const ConvProblem&, Direction) {
@@ -33,34 +69,35 @@ const char* only_on_request(const ConvProblem&, Direction) {
 }
 
 // Whether each window along one side of the image, first to last, has a tap on a pixel.
-bool every_window_sees_a_pixel(int64_t extent, int64_t pad_before, int64_t pad_after, int64_t filter,
-                               int64_t dilation) {
+bool every_window_sees_a_pixel(int64_t extent, int64_t pad_before, int64_t pad_after,
+                               int64_t filter, int64_t dilation) {
   const int64_t window = (filter - 1) * dilation + 1;
   return pad_before < window && pad_after < window && extent >= dilation;
 }
 
-// pytorch/pytorch issues 163347 and 169688: wrong numbers, or a crash. Inside these bounds some thousand
+// pytorch/pytorch issues 163347 and 169688: wrong numbers, or a crash. Inside these bounds some 330
 // random problems of either 16-bit type were right in every direction.
 const char* library_cannot(const ConvProblem& problem, Direction) {
   const ConvShape& s = problem.shape;
-  if (problem.dtype != Dtype::kBFloat16 && problem.dtype != Dtype::kFloat16) return nullptr;
+  if (!is_16_bit(problem)) return nullptr;
   if (s.stride_h > 2 || s.stride_w > 2 || s.P < 4 || s.Q < 4) {
-    return "PyTorch's 16-bit convolution is wrong for strides above 2 and outputs below 4 pixels; use "
-           "'direct' or 'auto'";
+    return "PyTorch's 16-bit convolution is wrong for strides above 2 and outputs below 4 pixels; "
+           "use 'direct' or 'auto'";
   }
   if (!every_window_sees_a_pixel(s.H, s.pad_top, s.pad_bottom, s.R, s.dilation_h) ||
       !every_window_sees_a_pixel(s.W, s.pad_left, s.pad_right, s.S, s.dilation_w)) {
-    return "PyTorch's 16-bit convolution crashes where the filter can lie in the padding; use 'direct' or "
-           "'auto'";
+    return "PyTorch's 16-bit convolution crashes where the filter can lie in the padding; use "
+           "'direct' or 'auto'";
   }
   return nullptr;
 }
 
-const char* library_not_chosen(const ConvProblem& problem, Direction) {
+const char* library_not_chosen(const ConvProblem& problem, Direction direction) {
   if (problem.dtype == Dtype::kFloat64) return "float64 is computed by the direct kernels";
   if (problem.deterministic) {
     return "deterministic algorithms were asked for, and its bits depend on the number of threads";
   }
+  if (direct_is_as_fast(problem, direction)) return "the direct kernels are at least as fast";
   return nullptr;
 }
 

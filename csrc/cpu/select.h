@@ -1,6 +1,6 @@
-// Which kernel computes one direction of one convolution: candidates, best first, each with a predicate
-// that can say why not. The answer depends on shape, dtype, layout and instruction set, and never on
-// threads, so that results do not either.
+// Which kernel computes one direction of one convolution: candidates, best first, each with a
+// predicate that can say why not. The answer depends on shape, dtype, layout and instruction set,
+// and never on threads, so that results do not either.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ const Candidate* candidates();  // kNumCandidates of them, best first
 
 struct Choice {
   Algorithm algorithm;
-  const char* reason;   // null, or why the requested algorithm cannot do it
+  const char* reason;  // null, or why the requested algorithm cannot do it
   const char* name;
 };
 
