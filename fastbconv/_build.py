@@ -56,6 +56,7 @@ class Settings:
     cache: Path  # FASTBCONV_CACHE: where libraries built at first use are kept
     isa: str | None  # FASTBCONV_ISA: highest instruction set the kernels may use
     ahead_of_time: bool  # FASTBCONV_AOT: whether setup.py compiles
+    huge_pages: bool = True  # FASTBCONV_HUGE_PAGES: advice for large fresh memory
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -74,6 +75,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
         cache=_cache_folder(environ),
         isa=choice("FASTBCONV_ISA", ISAS, None),
         ahead_of_time=choice("FASTBCONV_AOT", ("0", "1"), "1") == "1",
+        huge_pages=choice("FASTBCONV_HUGE_PAGES", ("0", "1"), "1") == "1",
     )
 
 

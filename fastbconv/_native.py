@@ -134,6 +134,8 @@ def build_info() -> dict[str, Any]:
 def _configure(module: ModuleType, config: Settings) -> None:
     if config.isa is not None:
         module.limit_isa(config.isa)
+    if not config.huge_pages:
+        module.use_huge_pages(False)
     if not module.build_info().get("openmp", True):
         warnings.warn(
             "the native library is built without OpenMP: it uses one thread",

@@ -12,8 +12,9 @@ namespace {
 
 void check_dtypes(const at::Tensor& input, const at::Tensor& weight_loc) {
   const at::ScalarType type = input.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-                   "input: expected dtype float32, float64, bfloat16 or float16, got ", type);
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+      "input: expected dtype float32, float64, bfloat16 or float16, got ", type);
   expect_parameter("weight_loc", weight_loc);
   expect_dtype("weight_loc", type == at::kDouble ? at::kDouble : at::kFloat, weight_loc);
 }
@@ -28,7 +29,8 @@ void check_options(const ConvOptions& o) {
                     "activation: expected an id from 0 to ", kNumActivations - 1, ", got ",
                     o.activation);
   TORCH_CHECK_VALUE(o.algorithm >= 0 && o.algorithm < kNumAlgorithms,
-                    "algorithm: expected an id from 0 to ", kNumAlgorithms - 1, ", got ", o.algorithm);
+                    "algorithm: expected an id from 0 to ", kNumAlgorithms - 1, ", got ",
+                    o.algorithm);
   // With a negative one the sign of z cannot be read off the output, which is what backward has.
   const auto activation = static_cast<Activation>(o.activation);
   TORCH_CHECK_VALUE((activation != Activation::kLeakyRelu && activation != Activation::kElu) ||
@@ -56,12 +58,13 @@ void check_channels(const at::Tensor& input, const at::Tensor& weight_loc, const
                     o.num_samples);
 }
 
-int64_t checked_extent(const char* side, int64_t extent, int64_t before, int64_t after, int64_t filter,
-                       int64_t stride, int64_t dilation) {
+int64_t checked_extent(const char* side, int64_t extent, int64_t before, int64_t after,
+                       int64_t filter, int64_t stride, int64_t dilation) {
   const int64_t outputs = output_extent(extent, before, after, filter, stride, dilation);
   TORCH_CHECK_VALUE(outputs >= 0, "input: expected a ", side, " of at least ",
                     (filter - 1) * dilation + 1 - before - after, " for a filter of ", filter,
-                    " with dilation ", dilation, " and padding ", before, " + ", after, ", got ", extent);
+                    " with dilation ", dilation, " and padding ", before, " + ", after, ", got ",
+                    extent);
   return outputs;
 }
 
@@ -108,7 +111,8 @@ ConvProblem ConvCall::problem() const {
 
 at::Tensor empty_output(const ConvCall& call) {
   const ConvShape& s = call.shape;
-  return at::empty({s.output_rows(), s.K, s.P, s.Q}, call.input->options().memory_format(call.format));
+  return advised(at::empty({s.output_rows(), s.K, s.P, s.Q},
+                           call.input->options().memory_format(call.format)));
 }
 
 ConvCall make_conv_call(const ConvTensors& t, const ConvOptions& o) {
@@ -124,11 +128,10 @@ ConvCall make_conv_call(const ConvTensors& t, const ConvOptions& o) {
   call.options = o;
   call.activation = static_cast<Activation>(o.activation);
   call.input = t.input;
-  call.weight = {t.weight_loc,   t.weight_rho,  t.prior_loc, t.prior_scale,
-                 o.prior[0],     o.prior[1],    o.scale_floor, noise,
-                 Stream::kWeight, o.element_offset[0]};
-  call.bias = {t.bias_loc,    t.bias_rho, t.bias_prior_loc, t.bias_prior_scale,
-               o.prior[2],    o.prior[3], o.scale_floor,    noise,
+  call.weight = {t.weight_loc, t.weight_rho,  t.prior_loc, t.prior_scale,   o.prior[0],
+                 o.prior[1],   o.scale_floor, noise,       Stream::kWeight, o.element_offset[0]};
+  call.bias = {t.bias_loc,    t.bias_rho,         t.bias_prior_loc, t.bias_prior_scale,
+               o.prior[2],    o.prior[3],         o.scale_floor,    noise,
                Stream::kBias, o.element_offset[1]};
   check_posterior(call.weight, "weight_loc", "weight_rho", "prior_loc", "prior_scale");
   check_bias(*t.weight_loc, call.bias);

@@ -15,6 +15,7 @@
 
 #include "../core/activation.h"
 #include "../cpu/capability.h"
+#include "../cpu/huge_pages.h"
 #include "../cpu/select.h"
 #include "fbc_build_stamp.h"
 
@@ -71,8 +72,8 @@ void limit_isa_by_name(const std::string& name) {
   throw py::value_error("isa: expected 'baseline', 'avx2' or 'avx512', got '" + name + "'");
 }
 
-// How many threads at::parallel_for really used for `tasks` tasks. Compiled without the OpenMP flag it
-// would be one, without any other sign.
+// How many threads at::parallel_for really used for `tasks` tasks. Compiled without the OpenMP flag
+// it would be one, without any other sign.
 int64_t threads_used(int64_t tasks) {
   std::mutex mutex;
   std::set<std::thread::id> seen;
@@ -89,14 +90,15 @@ Dtype dtype_by_name(const std::string& name) {
   if (name == "float64") return Dtype::kFloat64;
   if (name == "bfloat16") return Dtype::kBFloat16;
   if (name == "float16") return Dtype::kFloat16;
-  throw py::value_error("dtype: expected 'float32', 'float64', 'bfloat16' or 'float16', got '" + name + "'");
+  throw py::value_error("dtype: expected 'float32', 'float64', 'bfloat16' or 'float16', got '" +
+                        name + "'");
 }
 
 template <size_t kLength>
 std::array<int64_t, kLength> expect_values(const char* name, const std::vector<int64_t>& values) {
   if (values.size() != kLength) {
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(kLength) + " values, got " +
-                          std::to_string(values.size()));
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(kLength) +
+                          " values, got " + std::to_string(values.size()));
   }
   std::array<int64_t, kLength> out = {};
   std::copy(values.begin(), values.end(), out.begin());
@@ -113,9 +115,25 @@ py::list explain_conv(const std::vector<int64_t>& input, const std::vector<int64
   const auto [top, bottom, left, right] = expect_values<4>("padding", padding);
   const auto [dilation_h, dilation_w] = expect_values<2>("dilation", dilation);
   if (stride_h < 1 || stride_w < 1) throw py::value_error("stride: expected at least 1");
-  const ConvShape shape = {N, C, H, W, K, R, S, output_extent(H, top, bottom, R, stride_h, dilation_h),
-                           output_extent(W, left, right, S, stride_w, dilation_w), stride_h, stride_w,
-                           top, bottom, left, right, dilation_h, dilation_w, groups, num_samples,
+  const ConvShape shape = {N,
+                           C,
+                           H,
+                           W,
+                           K,
+                           R,
+                           S,
+                           output_extent(H, top, bottom, R, stride_h, dilation_h),
+                           output_extent(W, left, right, S, stride_w, dilation_w),
+                           stride_h,
+                           stride_w,
+                           top,
+                           bottom,
+                           left,
+                           right,
+                           dilation_h,
+                           dilation_w,
+                           groups,
+                           num_samples,
                            share_input};
   const ConvProblem problem = {shape, dtype_by_name(dtype), channels_last, current_isa(),
                                at::globalContext().deterministicAlgorithms()};
@@ -154,12 +172,17 @@ std::vector<bool> activations_from_pre_activation() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native library of fastbconv; importing it registers torch.ops.fastbconv.";
   m.def("build_info", &fbc::build_info, "What was compiled, by which compiler, for which torch.");
-  m.def("cpu_capability", [] { return fbc::isa_name(fbc::detected_isa()); },
-        "Best instruction set of this processor that the build contains.");
-  m.def("current_isa", [] { return fbc::isa_name(fbc::current_isa()); },
-        "Instruction set in use: cpu_capability(), or the lower limit that was set.");
+  m.def(
+      "cpu_capability", [] { return fbc::isa_name(fbc::detected_isa()); },
+      "Best instruction set of this processor that the build contains.");
+  m.def(
+      "current_isa", [] { return fbc::isa_name(fbc::current_isa()); },
+      "Instruction set in use: cpu_capability(), or the lower limit that was set.");
   m.def("limit_isa", &fbc::limit_isa_by_name, py::arg("name"), "Use at most this instruction set.");
-  m.def("threads_used", &fbc::threads_used, py::arg("tasks"), py::call_guard<py::gil_scoped_release>(),
+  m.def("use_huge_pages", &fbc::use_huge_pages, py::arg("use"),
+        "Whether large fresh memory is advised to be of huge pages; on from the start.");
+  m.def("threads_used", &fbc::threads_used, py::arg("tasks"),
+        py::call_guard<py::gil_scoped_release>(),
         "Number of distinct threads that ran `tasks` parallel tasks.");
   m.def("explain_conv", &fbc::explain_conv, py::arg("input"), py::arg("weight"), py::kw_only(),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),

@@ -9,7 +9,7 @@ namespace fbc {
 namespace {
 
 at::Tensor workspace(int64_t bytes) {  // at::empty aligns to 64 bytes
-  return at::empty({std::max<int64_t>(bytes, 1)}, at::TensorOptions().dtype(at::kByte));
+  return advised(at::empty({std::max<int64_t>(bytes, 1)}, at::TensorOptions().dtype(at::kByte)));
 }
 
 template <typename T>
@@ -94,7 +94,7 @@ PreActivationGradient activation_backward_direct(const ConvCall& call, const Con
     out.grad = *back.grad_output;
     if (!back.wants_bias) return out;
   } else {
-    const at::Tensor nhwc = at::empty({a.rows, a.P, a.Q, a.K}, options);
+    const at::Tensor nhwc = advised(at::empty({a.rows, a.P, a.Q, a.K}, options));
     out.grad = nhwc.permute({0, 3, 1, 2});
     a.grad = nhwc.mutable_data_ptr();
   }
@@ -135,8 +135,7 @@ void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad
   w.grad = grad.const_data_ptr();
   const Parallel parallel = parallel_loop();
   const at::Tensor scratch = workspace(table.wgrad_workspace(w, parallel.threads));
-  table.wgrad(w, posterior_params<T>(call.weight), grads, parallel,
-              scratch.mutable_data_ptr());
+  table.wgrad(w, posterior_params<T>(call.weight), grads, parallel, scratch.mutable_data_ptr());
 }
 
 template at::Tensor draw_bias<float>(const ConvCall&, double*);

@@ -6,10 +6,17 @@
 
 #include <array>
 
+#include "../cpu/huge_pages.h"
 #include "../core/params.h"
 #include "checks.h"
 
 namespace fbc {
+
+// The tensor, with huge-page advice for its memory: for results and scratch that are fresh.
+inline at::Tensor advised(at::Tensor tensor) {
+  advise_huge_pages(tensor.mutable_data_ptr(), static_cast<int64_t>(tensor.nbytes()));
+  return tensor;
+}
 
 // Dtypes that kernels know. The caller has checked the tensor.
 inline Dtype dtype_of(at::ScalarType type) {
@@ -28,8 +35,8 @@ inline NoiseKey noise_key(const at::Tensor& seed, int64_t add) {
           static_cast<uint64_t>(data[second]) + static_cast<uint64_t>(add)};
 }
 
-// A parameter of up to four dimensions seen as (K, R, S, C): dimension 0 is K, dimension 1 is C, further
-// dimensions are taps. A vector is one row of K = 1 and C = its length, as are all biases.
+// A parameter of up to four dimensions seen as (K, R, S, C): dimension 0 is K, dimension 1 is C,
+// further dimensions are taps. A vector is one row of K = 1 and C = its length, as are all biases.
 struct PosteriorExtents {
   int64_t K, R, S, C;
 };
@@ -43,7 +50,8 @@ inline PosteriorExtents posterior_extents(at::IntArrayRef sizes) {
   }
 }
 
-// Strides of `tensor` under that view; a dimension that is broadcast to `dim` dimensions has stride 0.
+// Strides of `tensor` under that view; a dimension that is broadcast to `dim` dimensions has stride
+// 0.
 inline WeightStrides posterior_strides(const at::Tensor& tensor, int64_t dim) {
   std::array<int64_t, 4> stride = {0, 0, 0, 0};
   const int64_t missing = dim - tensor.dim();
