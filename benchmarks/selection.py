@@ -1,7 +1,7 @@
 """Times every CPU kernel on a grid of shapes: the evidence behind csrc/cpu/select.cpp.
 
 One thread, CPU time of that thread, kernels interleaved, minimum of several rounds: steadier than
-wall clock on a machine that does other things too. The number in brackets is the ratio to ``library``.
+wall clock on a machine that does other things too. In brackets the ratio to ``library``.
 Columns: fprop, dgrad, wgrad (with the gradients of the posterior), in milliseconds.
 
     python benchmarks/selection.py [--rounds 6] [--only SUBSTRING]
