@@ -196,7 +196,7 @@ def test_bounds_grow_with_what_they_count() -> None:
 
 @pytest.mark.parametrize("shape", [TINY, Shape(1, 4, 16, 16, 1), Shape(3, 6, 1, 8, 5)], ids=str)
 def test_columns_compute_the_layer(shape: Shape) -> None:
-    assert check.check([shape], columns.select(["default"], [])) == []
+    assert check.check([shape], columns.select(["default"], [])) == (8, [])
 
 
 @pytest.mark.parametrize("fault", ["output", "kl", "grad"])
@@ -217,10 +217,23 @@ def test_check_sees_a_wrong_result(fault: str) -> None:
 
         return program(problem, layer, right.leaves, "nchw", right.eps)
 
-    wrong = check.check([TINY], [Column("broken", "", build, "peer")])
-    assert len(wrong) == 1
+    compared, wrong = check.check([TINY], [Column("broken", "", build, "peer")])
+    assert compared == len(wrong) == 1
     assert f"{TINY} broken" in wrong[0]
     assert {"output": "forward: output", "kl": "forward: kl", "grad": "d rho"}[fault] in wrong[0]
+
+
+def test_check_does_not_count_what_cannot_be_had() -> None:
+    def absent(problem: Problem):
+        raise NotImplementedError(f"no kernel for {problem.shape}")
+
+    def failing(problem: Problem):
+        raise RuntimeError(f"broken for {problem.shape}")
+
+    said: list[str] = []
+    pair = [Column("absent", "", absent, "peer"), Column("failing", "", failing, "peer")]
+    assert check.check([TINY], pair, said.append) == (1, [f"{TINY} failing broken for {TINY}"])
+    assert said[0] == f"not compared: {TINY} absent: no kernel for {TINY}"
 
 
 def test_unknown_columns_are_named() -> None:
@@ -247,7 +260,7 @@ def test_command_measures_checks_and_writes(
     arguments = ["--shapes", str(TINY), "--budget", "0.01", "--repeats", "3", "--check"]
     assert cli.main([*arguments, "--out", str(tmp_path), "--name", "tiny"]) == 0
     said = capfd.readouterr().out
-    assert "checked: 8 columns on 1 rows agree with float64" in said
+    assert "checked: 8 of 8 cells agree with float64, 0 are wrong, 0 cannot be had" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.csv", "tiny.json", "tiny.png"]
 
     content = json.loads((tmp_path / "tiny.json").read_text())

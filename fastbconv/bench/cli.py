@@ -145,9 +145,12 @@ def _modes(wanted: Sequence[str] | None) -> dict[str, str]:
 
 
 def _right(rows: Sequence[Shape], chosen: Sequence[Column]) -> bool:
-    wrong = check(rows, chosen, lambda text: print(text, file=sys.stderr, flush=True))
-    if not wrong:
-        print(f"checked: {len(chosen)} columns on {len(rows)} rows agree with float64")
+    compared, wrong = check(rows, chosen, lambda text: print(text, file=sys.stderr, flush=True))
+    total = len(rows) * len(chosen)
+    print(
+        f"checked: {compared - len(wrong)} of {total} cells agree with float64, {len(wrong)} are "
+        f"wrong, {total - compared} cannot be had"
+    )
     return not wrong
 
 
