@@ -44,15 +44,16 @@ bool direct_is_as_fast(const ConvProblem& problem, Direction direction) {
   const int64_t channels = s.channels_per_group(), filters = s.filters_per_group();
   const bool one_pixel = s.P * s.Q == 1 && s.H * s.W == 1;  // a linear layer
   const bool pointwise = s.R * s.S == 1;
+  const bool channels_last = problem.channels_last || s.C == 1;  // one channel: the same memory
   if (s.groups > 1 && (channels < 32 || filters < 32)) return false;
   if (one_pixel) return true;
   switch (direction) {
     case Direction::kFprop:
-      if (!problem.channels_last && (channels < 16 || pointwise)) return false;
+      if (!channels_last && (channels < 16 || pointwise)) return false;
       return filters > 16;
     case Direction::kDgrad:
-      if (s.groups == 1 && channels <= 8 && !pointwise) return problem.channels_last;
-      if (!problem.channels_last && s.stride_h * s.stride_w > 1) return true;
+      if (s.groups == 1 && channels <= 8 && !pointwise) return true;
+      if (!channels_last && s.stride_h * s.stride_w > 1) return true;
       return channels >= 64 && s.stride_h * s.stride_w == 1 && !pointwise;
     case Direction::kWgrad:
       return channels >= 64 && !pointwise;
