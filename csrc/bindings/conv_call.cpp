@@ -19,9 +19,16 @@ void check_dtypes(const at::Tensor& input, const at::Tensor& weight_loc) {
   expect_dtype("weight_loc", type == at::kDouble ? at::kDouble : at::kFloat, weight_loc);
 }
 
+constexpr int64_t kMostZeroColumns = int64_t{1} << 20;
+
 void check_options(const ConvOptions& o) {
   for (const int64_t value : o.stride) expect_in_range("stride", 1, value);
   for (const int64_t value : o.padding) expect_in_range("padding", 0, value);
+  // Rows of the image are copied with their zero columns.
+  TORCH_CHECK_NOT_IMPLEMENTED(o.padding[2] + o.padding[3] <= kMostZeroColumns,
+                              "padding: expected at most ", kMostZeroColumns,
+                              " zero columns, got ", o.padding[2] + o.padding[3],
+                              "; crop the output of a smaller padding instead");
   for (const int64_t value : o.dilation) expect_in_range("dilation", 1, value);
   expect_in_range("groups", 1, o.groups);
   expect_in_range("num_samples", 1, o.num_samples);

@@ -114,7 +114,9 @@ LibraryGradients backward_convolution(const ConvCall& call, ConvBackward back,
   first.wants_bias = back.wants_bias && !library_sums_bias;
   const bool own_dgrad = back.wants_input && dgrad != Algorithm::kLibrary;
   const bool own_wgrad = back.wants_weight && wgrad != Algorithm::kLibrary;
-  const PreActivationGradient z = own_dgrad || own_wgrad
+  // The library's sums depend on the number of threads: a bias alone follows the choice for wgrad.
+  const bool own_bias = back.wants_bias && wgrad != Algorithm::kLibrary;
+  const PreActivationGradient z = own_dgrad || own_wgrad || own_bias
                                       ? activation_backward_direct<T>(call, first)
                                       : activation_backward_library(call, first);
   LibraryGradients out;

@@ -1,4 +1,5 @@
 // sample_posterior, kl_normal, standard_normal and philox4x32_10 under the CPU key.
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -41,7 +42,23 @@ at::Tensor reduce_to_prior(const at::Tensor& full, const at::Tensor& prior) {
                                                          : sum_in_fixed_order<float>(full);
     return out.fill_(sum);
   }
-  return out.copy_(full.sum_to_size(prior.sizes()));
+  // at::sum splits its work by threads; here every output adds its elements in memory order.
+  const at::Tensor values = full.to(at::kDouble).contiguous();
+  at::Tensor sums = at::zeros(prior.sizes(), values.options());
+  const at::Tensor target = sums.expand(full.sizes());
+  const double* from = values.const_data_ptr<double>();
+  double* to = sums.mutable_data_ptr<double>();
+  std::vector<int64_t> index(static_cast<size_t>(full.dim()), 0);
+  for (int64_t i = 0, offset = 0; i < values.numel(); ++i) {
+    to[offset] += from[i];
+    for (int64_t d = full.dim() - 1; d >= 0; --d) {
+      offset += target.stride(d);
+      if (++index[static_cast<size_t>(d)] < full.size(d)) break;
+      offset -= target.stride(d) * full.size(d);
+      index[static_cast<size_t>(d)] = 0;
+    }
+  }
+  return out.copy_(sums);
 }
 
 namespace {

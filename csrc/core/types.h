@@ -60,13 +60,15 @@ FBC_INLINE float load_as_acc(const BFloat16* p) {
   return bits_to_float(static_cast<uint32_t>(p->bits) << 16);
 }
 
-// Half -> float, exact, subnormals included: scale the shifted pattern by 2^112, fix up inf and NaN.
+// Half -> float, exact. Subnormals are small integers times 2^-24, and never pass through a float
+// subnormal, which a processor may be told to flush to zero.
 FBC_INLINE float load_as_acc(const Half* p) {
   const uint32_t sign = static_cast<uint32_t>(p->bits & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(p->bits & 0x7fffu) << 13;
-  const float scaled = bits_to_float(magnitude) * 5.192296858534828e+33f;  // 2^112
-  uint32_t bits = float_to_bits(scaled);
-  bits = (p->bits & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : bits;
+  const uint32_t exponent = p->bits & 0x7c00u, mantissa = p->bits & 0x3ffu;
+  const uint32_t shifted = static_cast<uint32_t>(p->bits & 0x7fffu) << 13;
+  uint32_t bits = shifted + 0x38000000u;  // exponent bias 15 -> 127
+  if (exponent == 0x7c00u) bits = shifted | 0x7f800000u;
+  if (exponent == 0) bits = float_to_bits(static_cast<float>(mantissa) * 5.960464477539063e-08f);
   return bits_to_float(bits | sign);
 }
 

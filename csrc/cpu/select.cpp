@@ -80,6 +80,10 @@ bool every_window_sees_a_pixel(int64_t extent, int64_t pad_before, int64_t pad_a
 // random problems of either 16-bit type were right in every direction.
 const char* library_cannot(const ConvProblem& problem, Direction) {
   const ConvShape& s = problem.shape;
+  if (problem.deterministic) {
+    return "deterministic algorithms were asked for, and its bits depend on the number of threads; use "
+           "'direct' or 'auto'";
+  }
   if (!is_16_bit(problem)) return nullptr;
   if (s.stride_h > 2 || s.stride_w > 2 || s.P < 4 || s.Q < 4) {
     return "PyTorch's 16-bit convolution is wrong for strides above 2 and outputs below 4 pixels; "
@@ -95,9 +99,6 @@ const char* library_cannot(const ConvProblem& problem, Direction) {
 
 const char* library_not_chosen(const ConvProblem& problem, Direction direction) {
   if (problem.dtype == Dtype::kFloat64) return "float64 is computed by the direct kernels";
-  if (problem.deterministic) {
-    return "deterministic algorithms were asked for, and its bits depend on the number of threads";
-  }
   if (direct_is_as_fast(problem, direction)) return "the direct kernels are at least as fast";
   return nullptr;
 }
