@@ -93,7 +93,7 @@ def bayes_conv2d(
         >>> tuple(y.shape)
         (2, 4, 8, 8)
     """
-    resolved = activations.resolve(activation, channel_dim=1)
+    resolved = activations.resolve(activation, channel_dim=-3)  # of (N, K, P, Q) and (K, P, Q)
     input, unbatched = _arguments.batched_image(input, num_samples)
     _arguments.conv_tensors(input, weight, weight_rho, bias, bias_rho, groups)
     stride, dilation = _arguments.pair("stride", stride), _arguments.pair("dilation", dilation)

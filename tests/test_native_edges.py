@@ -82,3 +82,24 @@ def test_absurd_padding_is_refused() -> None:
     x, loc = torch.randn(1, 1, 4, 4), torch.zeros(1, 1, 2, 2)
     with pytest.raises(NotImplementedError, match="padding: expected at most"):
         functional.bayes_conv2d(x, loc, loc, padding=10**9, dilation=10**9, seed=0)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "log_softmax"])
+def test_softmax_of_an_unbatched_image_runs_over_channels(activation: str) -> None:
+    x, loc = torch.randn(3, 6, 5), torch.randn(4, 3, 3, 3)
+    one = functional.bayes_conv2d(x, loc, loc, activation=activation, seed=0)
+    batch = functional.bayes_conv2d(x[None], loc, loc, activation=activation, seed=0)
+    torch.testing.assert_close(one, batch[0])
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_padding_modes_keep_channels_last(mode: str) -> None:
+    layer = fb.BayesConv2d(3, 4, 3, padding=1, padding_mode=mode)
+    x = torch.randn(2, 3, 6, 5).contiguous(memory_format=torch.channels_last)
+    assert layer(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_explain_refuses_no_draws() -> None:
+    """It used to divide by zero and end the process."""
+    with pytest.raises(ValueError, match="num_samples: expected"):
+        fb.explain(torch.zeros(1, 64, 8, 8), torch.zeros(64, 64, 3, 3), padding=1, num_samples=0)

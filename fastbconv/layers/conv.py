@@ -175,7 +175,11 @@ class BayesConv2d(BayesLayer, _ConvNd):
         )
         if not top + bottom + left + right:
             return input
-        return F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
+        padded = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
+        nhwc = torch.channels_last
+        if input.is_contiguous(memory_format=nhwc) and not input.is_contiguous():
+            return padded.contiguous(memory_format=nhwc)  # ATen's circular padding forgets it
+        return padded
 
     def extra_repr(self) -> str:
         """The arguments that are not at their default."""
