@@ -42,6 +42,16 @@ def pair(name: str, value: IntPair, minimum: int = 1) -> tuple[int, int]:
     return single, single
 
 
+def element_offsets(value: object) -> tuple[int, int]:
+    """Noise numbers of the first weight and the first bias element."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(
+            "element_offset: expected a pair of integers (weight, bias), got "
+            f"{type(value).__name__}: {value!r}"
+        )
+    return pair("element_offset", value, 0)
+
+
 def padding_form(padding: PaddingLike) -> Padding:
     """'same', or zeros on (top, bottom, left, right).
 
@@ -176,6 +186,20 @@ def prior_tensor(name: str, value: Tensor, parameter: Tensor) -> Tensor:
     device(name, value, parameter)
     prior_shape(name, value, parameter)
     return value.to(parameter.dtype)
+
+
+def prior_scale(name: str, value: Tensor) -> None:
+    """Raises unless all values are positive; looks at them only where that costs no more than
+    reading them: not on a device, not while anything traces."""
+    if torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
+        return
+    if value.device.type != "cpu" or value.numel() == 0 or torch.jit.is_tracing():
+        return
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return
+    least = value.detach().amin().item()  # NaN if there is one
+    if not least > 0.0:
+        raise ValueError(f"{name}: expected positive values, got {least}")
 
 
 # --- whole calls ----------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Checked arguments -> output and KL, by the operator or by the reference."""
     _arguments.integer("num_samples", num_samples, 1)
+    element_offset = _arguments.element_offsets(element_offset)
     if not share_input:
         _arguments.rows(input, num_samples)
     weight, weight_rho, bias, bias_rho = (
@@ -145,6 +146,8 @@ def split_prior(
     for part, value, default in (("loc", prior.loc, 0.0), ("scale", prior.scale, 1.0)):
         if isinstance(value, Tensor):
             tensors.append(_arguments.prior_tensor(f"{name} {part}", value, parameter))
+            if part == "scale":
+                _arguments.prior_scale(f"{name} scale", tensors[-1])
             numbers.append(default)
         else:
             tensors.append(None)

@@ -317,7 +317,7 @@ def sample_posterior(
         stream=noise.stream_id(stream),
         num_samples=num_samples,
         offset_add=sample,
-        element_offset=element_offset,
+        element_offset=_arguments.integer("element_offset", element_offset, 0),
         dtype=None if dtype == loc.dtype else dtype,
     )
     return draws

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import softplus
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+_SUM_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -200,4 +202,13 @@ def kl_of_sample(
     scale = posterior_scale(rho, scale_floor)
     log_q = -0.5 * eps * eps - torch.log(scale) - _HALF_LOG_2PI
     log_p = prior.log_prob(loc + scale * eps)
-    return log_q.sum() - log_p.sum()
+    return (_fixed_sum(log_q) - _fixed_sum(log_p)).to(loc.dtype)
+
+
+def _fixed_sum(values: Tensor) -> Tensor:
+    """The sum in float64, in an order that does not depend on the number of threads: a full
+    reduction is cut by thread, the rows of a matrix are not."""
+    sums = values.to(torch.float64).reshape(-1)
+    while sums.numel() > _SUM_BLOCK:
+        sums = F.pad(sums, (0, -sums.numel() % _SUM_BLOCK)).reshape(-1, _SUM_BLOCK).sum(-1)
+    return sums.sum()

@@ -14,6 +14,7 @@ autograd alone and have no wrapper; their fakes quote the schema.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,16 +26,19 @@ from . import _native, _transforms
 
 _FAKES: dict[str, Callable[..., Any]] = {}
 _state: dict[str, bool] = {}
+_LOADING = threading.RLock()
 
 
 @torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the native library can be used. The first call loads it, building it if need be."""
     if "available" not in _state:
-        _state["available"] = _native.load() is not None
-        if _state["available"]:
-            for name, fake in _FAKES.items():
-                torch.library.register_fake(f"fastbconv::{name}", fake)
+        with _LOADING:
+            if "available" not in _state:  # else another thread was first
+                loaded = _native.load() is not None
+                for name, fake in _FAKES.items() if loaded else ():
+                    torch.library.register_fake(f"fastbconv::{name}", fake)
+                _state["available"] = loaded  # last: who reads it takes no lock
     return _state["available"]
 
 
@@ -49,7 +53,7 @@ def _op(name: str) -> Any:
 
 def _call(name: str, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Any:
     """A differentiable operator, or its Python autograd function inside torch.func transforms."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():  # a constant to torch.compile
         return _IN_TRANSFORM[name](tensors, options)
     return _op(name)(*tensors, **options)
 

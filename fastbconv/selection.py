@@ -13,7 +13,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from . import _arguments, _native, ops
+from . import _arguments, _native, ops, reference
 from ._arguments import IntPair, PaddingLike
 
 Algorithm = Literal["auto", "direct", "winograd2", "winograd4", "library", "reference"]
@@ -136,33 +136,41 @@ def explain(
 
     Raises:
         ValueError: shapes or values that do not fit.
+        TypeError: a type or dtype that does not fit.
 
     Example:
         >>> rows = explain(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))
         >>> all(row.available for row in rows if row.chosen)
         True
     """
+    input, _ = _arguments.batched_image(input, num_samples)
     _arguments.conv_tensors(input, weight, None, None, None, groups)
+    _arguments.dtypes(input, "weight", weight)
+    num_samples = _arguments.integer("num_samples", num_samples, 1)
+    if not share_input:
+        _arguments.rows(input, num_samples)
+    steps = _arguments.pair("stride", stride), _arguments.pair("dilation", dilation)
+    extent, filter = tuple(input.shape[2:]), tuple(weight.shape[2:])
+    form = _arguments.padding_form(padding)
+    pads = _arguments.resolve_padding(form, extent, filter, *steps)
+    _arguments.extents(extent, pads, filter, *steps)
     native = _native.load()
     if native is None:
         reason = "there is no native library; see fastbconv.build_info()"
         names = ("fprop", "dgrad", "wgrad")
         return [Candidate(name, "reference", True, True, reason) for name in names]
-    steps = _arguments.pair("stride", stride), _arguments.pair("dilation", dilation)
-    extent, filter = tuple(input.shape[2:]), tuple(weight.shape[2:])
-    form = _arguments.padding_form(padding)
-    layout = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    layout = reference.suggested_memory_format(input)
     rows = native.explain_conv(
         list(input.shape),
         list(weight.shape),
         stride=steps[0],
-        padding=_arguments.resolve_padding(form, extent, filter, *steps),
+        padding=pads,
         dilation=steps[1],
         groups=groups,
         num_samples=num_samples,
         share_input=share_input,
         dtype=str(input.dtype).removeprefix("torch."),
-        channels_last=layout,
+        channels_last=layout == torch.channels_last,
     )
     names = ("direction", "algorithm", "available", "chosen", "reason")
     return [Candidate(*(row[name] for name in names)) for row in rows]

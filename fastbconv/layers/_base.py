@@ -208,8 +208,8 @@ class BayesLayer(nn.Module):
         if context is not None and seed is None:
             mean = mean or context.mode == "mean"
             seed, mean = (context.seed, False) if context.mode == "seed" else (seed, mean)
-        prior = self.prior
         wants_kl = context is not None and context.wants_kl
+        returns_kl = wants_kl and not mean
         if self._samples_prior and not mean:
             # The KL of the weights in use needs the seed of this pass afterwards.
             if seed is None:
@@ -224,13 +224,13 @@ class BayesLayer(nn.Module):
             self.bias,
             None if mean else self.bias_rho,
             activation=self.activation,
-            prior=prior,
-            bias_prior=self._bias_prior(),
+            prior=self.prior if returns_kl else None,
+            bias_prior=self._bias_prior() if returns_kl else None,
             num_samples=num_samples,
             share_input=share_input,
             seed=seed,
             generator=generator,
-            return_kl=wants_kl and not mean,
+            return_kl=returns_kl,
             **arguments,
         )
         if not wants_kl:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from fastbconv import _arguments, functional
+from fastbconv import _arguments, functional, reference
 from fastbconv.functional import ActivationLike
 from fastbconv.kl import PriorLike
 
@@ -176,10 +176,8 @@ class BayesConv2d(BayesLayer, _ConvNd):
         if not top + bottom + left + right:
             return input
         padded = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
-        nhwc = torch.channels_last
-        if input.is_contiguous(memory_format=nhwc) and not input.is_contiguous():
-            return padded.contiguous(memory_format=nhwc)  # ATen's circular padding forgets it
-        return padded
+        # ATen's circular padding forgets channels_last.
+        return padded.contiguous(memory_format=reference.suggested_memory_format(input))
 
     def extra_repr(self) -> str:
         """The arguments that are not at their default."""
