@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -87,8 +88,17 @@ def _cache_folder(environ: Mapping[str, str]) -> Path:
     home = Path(os.path.expanduser("~"))
     if home.is_absolute() and os.access(home, os.W_OK):
         return home / ".cache" / "fastbconv"
-    # No usable home (service accounts): a folder of this user alone, since its content is executed.
-    return Path(tempfile.gettempdir()) / f"fastbconv-{os.getuid()}"
+    return temporary_cache()
+
+
+def temporary_cache() -> Path:
+    """The cache of a user without a home; guessable, so ``_native`` asks who owns it."""
+    return Path(tempfile.gettempdir()).absolute() / f"fastbconv-{os.getuid()}"
+
+
+def platform_tag() -> str:
+    """Interpreter, system and machine that a library is for."""
+    return f"{sys.implementation.cache_tag}-{sys.platform}-{platform.machine()}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ class BuildSpec:
         parts = (
             self.version,
             self.torch,
-            f"{sys.implementation.cache_tag}-{sys.platform}",
+            platform_tag(),
             self.compiler,
             f"{self.cuda} {os.environ.get('TORCH_CUDA_ARCH_LIST', '') if self.cuda else ''}",
             *map(str, self.cxx_flags + self.nvcc_flags + self.link_flags),
@@ -194,9 +204,7 @@ def read_stamp(library: Path) -> dict[str, str] | None:
     """
     pattern = re.compile(STAMP_PREFIX.encode() + rb"([0-9a-f]+):torch=([^;]+);")
     found = pattern.search(library.read_bytes())
-    if found is None:
-        return None
-    return {"source_hash": found[1].decode(), "torch": found[2].decode()}
+    return None if found is None else {"source_hash": found[1].decode(), "torch": found[2].decode()}
 
 
 def source_root() -> Path | None:
@@ -372,10 +380,18 @@ def _main(root: str, folder: str) -> None:
         os.killpg(0, signal.SIGTERM)
 
     threading.Thread(target=die_with_parent, daemon=True).start()
+    status = 1
     try:
         build_spec(Path(root)).compile(Path(folder))
+        status = 0
     except (RuntimeError, ImportError) as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    # Not the interpreter's own end: it would tear down standard input under the waiting thread.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

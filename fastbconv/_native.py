@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -39,6 +40,7 @@ __all__ = ["FastbconvBuildError", "build_info", "load"]
 
 _FULL_NAME = f"{__package__}.{_build.MODULE_NAME}"
 _RECORD = "build.json"
+_EVICTED = "evicted-"
 _KEPT_LIBRARIES = 8
 
 
@@ -156,28 +158,35 @@ def _explain(attempts: list[str]) -> str:
 
 def _find_library(config: Settings) -> None:
     """Fills the state from the first source that works; notes what the others said."""
+    problem = ""
     try:
         spec: BuildSpec | None = _build.build_spec()
-    except FastbconvBuildError as error:
+    except (FastbconvBuildError, ImportError, OSError) as error:
         spec, problem = None, str(error)
-    for kind in ("prebuilt", "jit"):
+    # The cache a second time: a library found there may be evicted before it is loaded.
+    for kind in ("prebuilt", "jit", "jit"):
+        library = None
         try:
             if kind == "prebuilt":
                 library = _prebuilt(spec)
+                if library is None:
+                    continue
             elif spec is None:
-                raise FastbconvBuildError(problem)
+                library = _cached(config.cache)
+                if library is None:
+                    raise FastbconvBuildError(problem)
             else:
                 library = ensure_built(spec, config.cache)
-            if library is None:
-                continue
             _state.module = _import(library)
-        except ImportError as error:
-            # It was whole when it was built, so the file is damaged: the next start builds it anew.
-            if kind == "jit":
-                (library.parent / _RECORD).unlink(missing_ok=True)
-            _state.attempts.append(f"{kind}: {library} cannot be loaded ({error})")
-        except FastbconvBuildError as error:
-            _state.attempts.append(f"{kind}: {error}")
+        except (FastbconvBuildError, ImportError, OSError) as error:
+            said = str(error) if library is None else f"{library} cannot be loaded ({error})"
+            _state.attempts.append(f"{kind}: {said}")
+            if kind == "jit" and library is not None:
+                # It was whole when it was built: damaged (the next start builds it anew) or gone.
+                with contextlib.suppress(OSError):
+                    (library.parent / _RECORD).unlink(missing_ok=True)
+            if kind == "jit" and (library is None or library.exists()):
+                return
         else:
             _state.built, _state.library = kind, library
             return
@@ -239,13 +248,19 @@ def ensure_built(spec: BuildSpec, cache: Path) -> Path:
     folder = cache / spec.key
     library = folder / f"{_build.MODULE_NAME}.so"
     record = folder / _RECORD
-    if record.exists():
-        return library
-    import filelock
-
     work = cache / spec.work_key
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        private = cache == _build.temporary_cache()
+        cache.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
+        _check_owner(cache)
+        if record.exists():
+            with contextlib.suppress(OSError):  # a cache that is only read serves as well
+                os.utime(record)
+            return library
+        try:
+            import filelock
+        except ImportError as error:
+            raise FastbconvBuildError("filelock is missing: pip install filelock") from error
         with filelock.FileLock(f"{work}.lock"):
             if not record.exists():
                 _compile(spec, work)
@@ -254,9 +269,39 @@ def ensure_built(spec: BuildSpec, cache: Path) -> Path:
                 _publish(spec, work / library.name, folder)
     except OSError as error:
         raise FastbconvBuildError(
-            f"cannot write the build cache {cache}: {error}. Set FASTBCONV_CACHE to another folder"
+            f"cannot use the build cache {cache}: {error}. Set FASTBCONV_CACHE to another folder"
         ) from error
     return library
+
+
+def _check_owner(cache: Path) -> None:
+    """Refuses a cache in the temporary folder that somebody else could have filled."""
+    if cache != _build.temporary_cache():
+        return
+    found = os.lstat(cache)
+    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    if not mine or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise FastbconvBuildError(
+            f"the build cache {cache} is not a folder of this user alone. Remove it, or set "
+            "FASTBCONV_CACHE to another folder"
+        )
+
+
+def _cached(cache: Path) -> Path | None:
+    """A library built earlier that fits, for want of the compiler that would name it."""
+    import torch
+
+    root = _build.source_root()
+    if root is None or not cache.is_dir():
+        return None
+    _check_owner(cache)
+    wanted = {"source_hash": _build.source_hash(root), "torch": str(torch.__version__)}
+    wanted["platform"] = _build.platform_tag()
+    for record in cache.glob(f"*/{_RECORD}"):
+        with contextlib.suppress(OSError, ValueError):
+            if wanted.items() <= json.loads(record.read_text()).items():
+                return record.parent / f"{_build.MODULE_NAME}.so"
+    return None
 
 
 def _compile(spec: BuildSpec, work: Path) -> None:
@@ -315,15 +360,29 @@ def _publish(spec: BuildSpec, built: Path, folder: Path) -> None:
     record = {
         "source_hash": spec.source_hash,
         "torch": spec.torch,
+        "platform": _build.platform_tag(),
         "compiler": spec.compiler,
         "flags": [*spec.cxx_flags, *spec.nvcc_flags, *spec.link_flags],
         "cuda": spec.cuda_reason,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     _replace(folder / _RECORD, json.dumps(record, indent=1).encode())
-    finished = sorted(folder.parent.glob(f"*/{_RECORD}"), key=lambda path: path.stat().st_mtime)
-    for old in finished[:-_KEPT_LIBRARIES]:
-        shutil.rmtree(old.parent, ignore_errors=True)
+    with contextlib.suppress(OSError):  # others may tidy up at the same time
+        _evict(folder)
+
+
+def _evict(kept: Path) -> None:
+    """Removes the libraries used longest ago, never ``kept``."""
+    records = [path for path in kept.parent.glob(f"*/{_RECORD}") if path.parent != kept]
+    records.sort(key=lambda path: path.stat().st_mtime)
+    for record in records[: 1 - _KEPT_LIBRARIES]:
+        # Renamed first: no other process may find half a folder.
+        gone = kept.parent / f"{_EVICTED}{os.getpid()}-{record.parent.name}"
+        with contextlib.suppress(OSError):
+            record.parent.rename(gone)
+            (gone / _RECORD).unlink()
+    for folder in kept.parent.glob(f"{_EVICTED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replace(path: Path, content: bytes) -> None:

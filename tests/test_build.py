@@ -77,7 +77,7 @@ def test_flags_keep_the_bits() -> None:
     assert sys.platform == "darwin" or "-fopenmp" in flags
 
 
-def test_key_names_all_that_decides(project) -> None:
+def test_key_names_all_that_decides(project, monkeypatch) -> None:
     spec = _build.build_spec(project.csrc)
     assert spec.version in spec.key
     assert torch.__version__ in spec.key
@@ -86,6 +86,10 @@ def test_key_names_all_that_decides(project) -> None:
     changed = _build.build_spec(project.csrc)
     assert changed.key != spec.key
     assert changed.work_key == spec.work_key
+    here = (changed.key, changed.work_key)
+    monkeypatch.setattr(_build.platform, "machine", lambda: "other")
+    assert changed.key != here[0]
+    assert changed.work_key != here[1]
 
 
 def test_setup_without_ahead_of_time_build(project, monkeypatch) -> None:

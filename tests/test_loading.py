@@ -112,7 +112,7 @@ def test_cache_that_cannot_be_written(project, tmp_path: Path) -> None:
         code, FASTBCONV_BACKEND="native", FASTBCONV_CACHE=str(tmp_path / "file" / "cache")
     )
     assert status != 0
-    assert "cannot write the build cache" in err
+    assert "cannot use the build cache" in err
     assert "Set FASTBCONV_CACHE" in err
 
 
@@ -247,3 +247,95 @@ def test_commands(capsys, monkeypatch) -> None:
     assert command.main(["train"]) == 2
     assert "tqdm is not installed" in (error := capsys.readouterr().err)
     assert "pip install 'fastbconv[train]'" in error
+
+
+# The cache
+
+
+@pytest.fixture
+def spec(project) -> _build.BuildSpec:
+    return _build.build_spec(project.csrc)
+
+
+def test_temporary_cache_is_private(spec, tmp_path: Path, monkeypatch) -> None:
+    cache = tmp_path / "guessable"
+    monkeypatch.setattr(_build, "temporary_cache", lambda: cache)
+    monkeypatch.setattr(_native, "_compile", lambda spec, work: (_ for _ in ()).throw(OSError()))
+    with pytest.raises(_native.FastbconvBuildError, match="cannot use the build cache"):
+        _native.ensure_built(spec, cache)
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+    refused = pytest.raises(_native.FastbconvBuildError, match=rf"{cache} is not a folder of this")
+    cache.chmod(0o777)
+    with refused:
+        _native.ensure_built(spec, cache)
+    cache.chmod(0o700)
+    uid = os.getuid()
+    with monkeypatch.context() as other, refused:
+        other.setattr(os, "getuid", lambda: uid + 1)
+        _native.ensure_built(spec, cache)
+    cache.rename(tmp_path / "elsewhere")
+    cache.symlink_to(tmp_path / "elsewhere")
+    with refused:
+        _native.ensure_built(spec, cache)
+    with refused:
+        _native._cached(cache)
+
+
+def test_missing_filelock_is_a_warning(project) -> None:
+    code = """
+import sys
+sys.modules['filelock'] = None
+from fastbconv import _native
+assert _native.load() is None
+"""
+    status, _, err = project.run(code)
+    assert status == 0, err
+    assert "jit: filelock is missing: pip install filelock" in err
+
+
+def test_unreadable_cache_is_named(spec, tmp_path: Path, monkeypatch) -> None:
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(_native.FastbconvBuildError, match=r"cannot use the build cache .*denied"):
+        _native.ensure_built(spec, tmp_path / "cache")
+
+
+def test_eviction_takes_what_was_used_longest_ago(spec, tmp_path: Path, monkeypatch) -> None:
+    names = [f"old{number}" for number in range(_native._KEPT_LIBRARIES + 1)]
+    for age, name in enumerate([*names, spec.key]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "build.json").touch()
+        os.utime(tmp_path / name / "build.json", (age, age))
+    # Found in the cache: used now.
+    assert _native.ensure_built(spec, tmp_path).parent.name == spec.key
+    assert (tmp_path / spec.key / "build.json").stat().st_mtime > len(names)
+
+    built = tmp_path / "_C.so"
+    built.touch()
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        _native._publish(spec, built, tmp_path / "new")
+    assert (tmp_path / "old0").exists()
+    _native._publish(spec, built, tmp_path / "new")
+    left = {path.name for path in tmp_path.iterdir() if (path / "build.json").exists()}
+    assert left == {"new", spec.key, *names[-_native._KEPT_LIBRARIES + 2 :]}
+    assert not list(tmp_path.glob("evicted-*"))
+
+
+def test_evicted_library_is_built_again_and_a_cached_one_needs_no_compiler(project) -> None:
+    code = """
+from fastbconv import _native
+library = _native.ensure_built(_native._build.build_spec(), _native._build.settings().cache)
+library.unlink()
+info = _native.build_info()
+print(info['built'], len(info['attempts']))
+"""
+    status, out, err = project.run(code)
+    assert (status, out) == (0, "jit 1\n"), err
+    code = "from fastbconv import _native; print(_native.build_info()['built'])"
+    assert project.run(code, CXX="no-such-compiler") == (0, "jit\n", "")
+    project.write("csrc/core/answer.h", "#pragma once\ninline int answer() { return 43; }\n")
+    assert project.run(code, CXX="no-such-compiler")[1] == "reference\n"
