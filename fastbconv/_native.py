@@ -298,7 +298,7 @@ def _cached(cache: Path) -> Path | None:
     wanted = {"source_hash": _build.source_hash(root), "torch": str(torch.__version__)}
     wanted["platform"] = _build.platform_tag()
     for record in cache.glob(f"*/{_RECORD}"):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # not a record
             if wanted.items() <= json.loads(record.read_text()).items():
                 return record.parent / f"{_build.MODULE_NAME}.so"
     return None
