@@ -214,6 +214,8 @@ def _conv(
         pad = (top, left)
     else:
         x, pad = F.pad(x, (left, right, top, bottom)), (0, 0)
+    if x.dtype == torch.float64:  # ATen's float64 path wants the weight's gradient contiguous
+        x, weight = x.contiguous(), weight.contiguous()
     return F.conv2d(x, weight, bias, tuple(stride), pad, tuple(dilation), groups)
 
 

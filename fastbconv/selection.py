@@ -12,8 +12,9 @@ from typing import Final, Literal
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
-from . import _arguments, _native, ops, reference
+from . import _arguments, _native, ops
 from ._arguments import IntPair, PaddingLike
 
 Algorithm = Literal["auto", "direct", "winograd2", "winograd4", "library", "reference"]
@@ -159,7 +160,7 @@ def explain(
         reason = "there is no native library; see fastbconv.build_info()"
         names = ("fprop", "dgrad", "wgrad")
         return [Candidate(name, "reference", True, True, reason) for name in names]
-    layout = reference.suggested_memory_format(input)
+    layout = suggest_memory_format(input)
     rows = native.explain_conv(
         list(input.shape),
         list(weight.shape),

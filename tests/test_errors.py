@@ -33,6 +33,26 @@ def layer(**options: object) -> object:
 
 
 CASES = {
+    "element offset alone": (
+        lambda: conv(element_offset=3),
+        TypeError,
+        ["element_offset", "pair", "int: 3"],
+    ),
+    "element offset length": (
+        lambda: linear(element_offset=(1, 2, 3)),
+        ValueError,
+        ["element_offset", "pair", "(1, 2, 3)"],
+    ),
+    "element offset negative": (
+        lambda: conv(element_offset=(0, -1)),
+        ValueError,
+        ["element_offset", "non-negative", "-1"],
+    ),
+    "element offset of draws": (
+        lambda: fb.functional.sample_posterior(B, B, seed=0, element_offset=(0, 1)),
+        TypeError,
+        ["element_offset", "integer", "(0, 1)"],
+    ),
     # shapes
     "input rank": (lambda: conv(X[0, 0]), ValueError, ["input", "(N, C, H, W)", "(8, 8)"]),
     "input channels": (lambda: conv(X[:, :5]), ValueError, ["input", "6 channels", "got 5"]),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributions, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastbconv as fb
 from fastbconv import kl
@@ -177,3 +178,50 @@ def test_resolved_priors() -> None:
     assert kl.resolve_prior(None) is None
     assert kl.resolve_prior((0, 2)) == kl.NormalPrior(0.0, 2.0)
     assert isinstance(kl.resolve_prior(lambda: None), kl.DistributionPrior)
+
+
+def test_monte_carlo_kl_does_not_depend_on_threads() -> None:
+    """Two float32 sums used to be subtracted: their rounding was that of the thread count."""
+    loc = torch.randn(300, 700) * 30
+    eps, rho = torch.randn_like(loc), torch.full_like(loc, -4.0)
+    prior, totals = kl.NormalPrior(0.0, 1.0), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        totals.append(kl.kl_of_sample(prior, loc, rho, eps, 2.0**-23))
+    assert len({total.item() for total in totals}) == 1
+    assert totals[0].dtype == torch.float32
+    scale = kl.posterior_scale(rho, 2.0**-23)
+    log_q = -0.5 * eps * eps - torch.log(scale) - 0.5 * math.log(2 * math.pi)
+    log_p = prior.log_prob(loc + scale * eps)
+    exact = (log_q.double() - log_p.double()).sum().float()
+    torch.testing.assert_close(totals[0], exact, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_prior_scale_tensors_are_positive(value: float) -> None:
+    loc = torch.zeros(4, 3)
+    prior = (0.0, torch.tensor([1.0, 2.0, value]))
+    filters = (0.0, torch.full((4, 1, 1, 1), value))
+    x, weight = torch.zeros(1, 3, 5, 5), torch.zeros(4, 3, 3, 3)
+    calls = (
+        lambda: fb.functional.kl_normal(loc, loc, prior),
+        lambda: fb.functional.bayes_linear(x[0, 0, :1, :3], loc, loc, prior=prior, return_kl=True),
+        lambda: fb.functional.bayes_conv2d(x, weight, weight, prior=filters, return_kl=True),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="prior scale: expected positive values, got"):
+            call()
+
+
+def test_prior_scale_tensors_are_not_read_while_tracing() -> None:
+    loc, scale = torch.zeros(4, 3), torch.full((3,), 2.0)
+
+    def total(scale: torch.Tensor) -> torch.Tensor:
+        return fb.functional.kl_normal(loc, loc, (0.0, scale))
+
+    slope = torch.func.grad(total)(scale)
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(scale), total(scale))
+    assert slope.shape == scale.shape
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert total(torch.ones(3)).shape == ()

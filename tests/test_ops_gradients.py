@@ -15,6 +15,7 @@ from op_samples import ALGORITHMS, ANY_SHAPE, GELU_TANH, RELU, SILU, options, te
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck
 
+import fastbconv as fb
 from fastbconv import ops
 
 samples.native()
@@ -270,3 +271,17 @@ def test_an_output_changed_in_place_is_noticed() -> None:
         output.sum().backward()
     linear = ops.bconv2d(*tensors(), **options(activation=0))[0]
     linear.mul_(2.0).sum().backward()
+
+
+def test_a_compiled_transform_is_the_transform() -> None:
+    """torch.compile used to trace the operator itself there, and failed within PyTorch."""
+    x, loc = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3)
+
+    def loss(loc: torch.Tensor) -> torch.Tensor:
+        y, kl = fb.functional.bayes_conv2d(
+            x, loc, loc - 3, activation="silu", seed=3, return_kl=True
+        )
+        return y.square().sum() + kl
+
+    slope = torch.func.grad(loss)
+    torch.testing.assert_close(torch.compile(slope, backend="aot_eager")(loc), slope(loc))

@@ -166,3 +166,20 @@ def test_activation_derivatives_by_gradcheck(entry: activations.Activation) -> N
     # Away from the kinks at 0, 6, +-2.5 and +-3.
     z = torch.linspace(-6.7, 6.9, 27, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: activations.apply(entry.id, t, param), (z,))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 3, 2), (3, 2, 1, 0)])
+def test_float64_gradients_for_every_order_of_strides(order: tuple[int, ...]) -> None:
+    x, weight = torch.randn(2, 3, 7, 6).double(), torch.randn(4, 3, 3, 2).double()
+    inverse = [order.index(dim) for dim in range(4)]
+
+    def gradients(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        with fb.algorithm("reference"):
+            y = fb.functional.bayes_conv2d(x, weight, weight, seed=0)
+        return torch.autograd.grad(y.square().sum(), (x, weight))
+
+    expected = gradients(x.clone(), weight.clone())
+    image = x.contiguous(memory_format=torch.channels_last)
+    strided = weight.permute(order).contiguous().permute(inverse)
+    torch.testing.assert_close(gradients(image, strided), expected)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import fastbconv as fb
-from fastbconv import noise
+from fastbconv import noise, ops
+from fastbconv.reference import suggested_memory_format
 from fastbconv.testing import assert_same
 
 X, W = torch.zeros(2, 16, 9, 9), torch.zeros(8, 16, 3, 3)
@@ -28,6 +32,46 @@ def test_explain_reads_no_values() -> None:
     assert fb.explain(X.to("meta"), W.to("meta")) == fb.explain(X, W)
     with pytest.raises(ValueError, match="input: expected 16 channels"):
         fb.explain(X[:, :3], W)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "num_samples: expected a positive integer, got 0"),
+        ({"num_samples": 3}, "num_samples: expected a divisor of the 2 input rows, got 3"),
+        ({"groups": 0}, "groups: expected a positive integer, got 0"),
+        ({"stride": 0}, "stride: expected a positive integer, got 0"),
+        ({"dilation": 9}, "input: expected a padded size of at least 18"),
+    ],
+)
+def test_explain_checks_what_the_convolution_checks(options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fb.explain(X, W, **options)
+    with pytest.raises(ValueError, match="input: expected shape"):
+        fb.explain(X[0, 0], W)
+
+
+def test_explain_reads_the_layout_as_the_operator_does(monkeypatch) -> None:
+    """A slice of a channels_last image is channels_last, though it is not dense."""
+    seen = []
+    native = SimpleNamespace(explain_conv=lambda *shapes, **options: seen.append(options) or [])
+    monkeypatch.setattr("fastbconv._native.load", lambda: native)
+    image = X.contiguous(memory_format=torch.channels_last)
+    for x in (X, image, image[:, :, ::2], image[:, :, :, :1].expand(2, 16, 9, 9)):
+        fb.explain(x, W)
+        assert seen[-1]["channels_last"] == (suggested_memory_format(x) == torch.channels_last)
+
+
+def test_the_library_is_published_after_its_fakes(monkeypatch) -> None:
+    published = []
+    monkeypatch.setattr(ops, "_state", {})
+    monkeypatch.setattr("fastbconv._native.load", object)
+    monkeypatch.setattr(
+        torch.library, "register_fake", lambda *_: published.append(dict(ops._state))
+    )
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: ops.available(), range(4)))
+    assert published == [{}] * len(ops._FAKES)
 
 
 def test_sixteen_bit_convolutions_that_pytorch_gets_wrong() -> None:

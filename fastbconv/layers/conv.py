@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.nn.modules.conv import _ConvNd
 
-from fastbconv import _arguments, functional, reference
+from fastbconv import _arguments, functional
 from fastbconv.functional import ActivationLike
 from fastbconv.kl import PriorLike
 
@@ -177,7 +178,7 @@ class BayesConv2d(BayesLayer, _ConvNd):
             return input
         padded = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
         # ATen's circular padding forgets channels_last.
-        return padded.contiguous(memory_format=reference.suggested_memory_format(input))
+        return padded.contiguous(memory_format=suggest_memory_format(input))
 
     def extra_repr(self) -> str:
         """The arguments that are not at their default."""
