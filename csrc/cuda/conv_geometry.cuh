@@ -1,0 +1,239 @@
+// Where the rows and columns of an implicit matrix product lie in an image.
+//
+//   rows      pixels m of one draw, m = (n * P + p) * Q + q; a PixelRow says where the window of a
+//             pixel begins (its tap r = s = 0, which may lie outside the image)
+//   columns   kk = (r * S + s) * C + c, C the channels of one group; a Tap is kk as digits (r, s,
+//   c)
+//
+//   element (m, kk) = data[row.offset + r * dilation_h * stride.h + s * dilation_w * stride.w + c],
+//   zero where (row.h + r * dilation_h, row.w + s * dilation_w) is outside the image
+//
+// So a tile of the product is gathered by asynchronous copies with zero fill, and stride, dilation
+// and padding on any side are addresses and nothing else. A thread keeps its column from step to
+// step: a Tap moves on by a fixed number of columns without a division.
+//
+// PixelGather<T, kWide, kRows, kThreads, kChunks> fills a tile of kRows rows of kChunks 16-byte
+// chunks (mma.cuh) with the columns that begin at its tap:
+//
+//   PixelRow* rows (shared)  <- locate_pixels(), once per tile;  sync()
+//   PixelGather gather(tid, first_column, geometry)
+//   per step: gather.copy(tile, rows, image, geometry); copy_commit(); gather.advance(geometry)
+//
+// kWide: every chunk is one 16-byte copy; needs wide_gather(). Else units of 8, 4 or 2 bytes, as
+// gather_unit() says (2: ordinary loads and stores, for odd C of a 16-bit type).
+// `image.data` points at channel 0 of the group.
+#pragma once
+
+#include "../core/conv_shape.h"
+#include "../core/params.h"
+#include "mma.cuh"
+
+namespace fbc::cuda {
+
+struct ConvGeometry {
+  int32_t C, K;  // of one group
+  int32_t H, W, R, S, P, Q;
+  int32_t stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  int32_t groups, num_samples;
+  int32_t rows;     // output rows of one draw
+  int32_t pixels;   // rows * P * Q
+  int32_t columns;  // R * S * C
+  bool share_input;
+};
+
+inline ConvGeometry conv_geometry(const ConvShape& s) {
+  const auto small = [](int64_t extent) { return static_cast<int32_t>(extent); };
+  ConvGeometry g;
+  g.C = small(s.channels_per_group());
+  g.K = small(s.filters_per_group());
+  g.H = small(s.H), g.W = small(s.W), g.R = small(s.R), g.S = small(s.S);
+  g.P = small(s.P), g.Q = small(s.Q);
+  g.stride_h = small(s.stride_h), g.stride_w = small(s.stride_w);
+  g.pad_top = small(s.pad_top), g.pad_left = small(s.pad_left);
+  g.dilation_h = small(s.dilation_h), g.dilation_w = small(s.dilation_w);
+  g.groups = small(s.groups), g.num_samples = small(s.num_samples);
+  g.rows = small(s.rows_per_sample());
+  g.pixels = small(s.rows_per_sample() * s.P * s.Q);
+  g.columns = small(s.R * s.S * s.channels_per_group());
+  g.share_input = s.share_input;
+  return g;
+}
+
+// Tiles and steps that cover an extent.
+FBC_INLINE int32_t covers(int32_t extent, int32_t tile) {
+  return extent / tile + (extent % tile != 0);
+}
+
+// ---- columns ------------------------------------------------------------------------------------
+struct Tap {
+  int32_t r, s, c;
+};
+FBC_INLINE Tap tap_of(int32_t column, const ConvGeometry& g) {
+  const int32_t filter = column / g.C;
+  return {filter / g.S, filter % g.S, column % g.C};
+}
+// tap += by: both are digits of a number of columns. The result may lie beyond the last column (r
+// >= R).
+FBC_INLINE void advance_tap(Tap& tap, const Tap& by, const ConvGeometry& g) {
+  tap.c += by.c;
+  tap.s += by.s;
+  tap.r += by.r;
+  if (tap.c >= g.C) {
+    tap.c -= g.C;
+    tap.s += 1;
+  }
+  if (tap.s >= g.S) {
+    tap.s -= g.S;
+    tap.r += 1;
+  }
+}
+FBC_INLINE void next_column(Tap& tap, const ConvGeometry& g) { advance_tap(tap, {0, 0, 1}, g); }
+
+// ---- rows ---------------------------------------------------------------------------------------
+struct alignas(16) PixelRow {
+  int64_t offset;
+  int32_t h, w;  // h is kNoPixel where the row is beyond the last pixel: every tap is then outside
+};
+constexpr int32_t kNoPixel = INT32_MIN / 2;
+
+struct PixelIndex {
+  int32_t n, p, q;  // n counts within the draw
+};
+FBC_INLINE PixelIndex pixel_index(int32_t m, const ConvGeometry& g) {
+  const int32_t line = m / g.Q;
+  return {line / g.P, line % g.P, m % g.Q};
+}
+
+// The window of pixel m of a draw in the input.
+FBC_INLINE PixelRow pixel_row(int32_t m, int32_t draw, const ImageStrides& stride,
+                              const ConvGeometry& g) {
+  if (m >= g.pixels) return {0, kNoPixel, 0};
+  const PixelIndex at = pixel_index(m, g);
+  const int64_t n = at.n + (g.share_input ? int64_t{0} : int64_t{draw} * g.rows);
+  const int32_t h = at.p * g.stride_h - g.pad_top, w = at.q * g.stride_w - g.pad_left;
+  return {n * stride.n + h * stride.h + w * stride.w, h, w};
+}
+template <int kRows, int kThreads>
+FBC_DEVICE void locate_pixels(PixelRow (&rows)[kRows], int32_t first, int32_t draw,
+                              const ImageStrides& stride, const ConvGeometry& g) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRows; i += kThreads) {
+    rows[i] = pixel_row(first + i, draw, stride, g);
+  }
+}
+
+// ---- gathering ----------------------------------------------------------------------------------
+template <typename T>
+struct ImageView {
+  const T* data;
+  int64_t stride_h, stride_w;
+  int32_t unit;  // gather_unit()
+};
+
+// The widest copy, in bytes (16, 8, 4, 2), that stays inside one tap and is aligned at every pixel.
+inline int32_t gather_unit(const void* data, const ImageStrides& stride, const ConvShape& shape,
+                           int32_t element_bytes) {
+  const int64_t counts[] = {shape.channels_per_group(), shape.N > 1 ? stride.n : 0,
+                            shape.H > 1 ? stride.h : 0, shape.W > 1 ? stride.w : 0};
+  int32_t unit = 16;
+  while (unit > element_bytes && reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(unit)) {
+    unit /= 2;
+  }
+  for (const int64_t count : counts) {
+    while (unit > element_bytes && count * element_bytes % unit != 0) unit /= 2;
+  }
+  return unit;
+}
+inline bool wide_gather(int32_t unit) { return unit == 16; }
+
+template <typename T, bool kWide, int kRows, int kThreads, int kChunks = 4>
+class PixelGather {
+ public:
+  // Columns [first_column, first_column + tile width), which advance() moves on by one tile width.
+  FBC_DEVICE PixelGather(int thread, int32_t first_column, const ConvGeometry& g)
+      : row_(thread / kPieces), piece_(thread % kPieces) {
+    tap_ = tap_of(first_column + piece_ * kPieceElements, g);
+    step_ = tap_of(kChunks * kChunkElements<T>, g);
+  }
+  FBC_DEVICE void advance(const ConvGeometry& g) { advance_tap(tap_, step_, g); }
+
+  FBC_DEVICE void copy(unsigned char* tile, const PixelRow (&rows)[kRows],
+                       const ImageView<T>& image, const ConvGeometry& g) const {
+    if (kWide || image.unit == 8) {
+      copy_unit<kPieceBytes>(tile, rows, image, tap_, 0, g);
+      return;
+    }
+    const int unit_elements = image.unit / static_cast<int>(sizeof(T));
+    Tap tap = tap_;
+    for (int e = 0; e < kPieceElements; e += unit_elements) {
+      if (image.unit == 4) {
+        copy_unit<4>(tile, rows, image, tap, e, g);
+      } else {
+        copy_elements(tile, rows, image, tap, e, g);
+      }
+      advance_tap(tap, {0, 0, unit_elements}, g);
+    }
+  }
+
+ private:
+  static constexpr int kPieceBytes = kWide ? 16 : 8;
+  static constexpr int kPieceElements = kPieceBytes / static_cast<int>(sizeof(T));
+  static constexpr int kPieces = kChunks * 16 / kPieceBytes;  // of a row
+  static constexpr int kRowStep = kThreads / kPieces;
+  static constexpr int kCopies = kRows / kRowStep;
+  static_assert(kThreads % kPieces == 0 && kRows % kRowStep == 0, "threads share the tile evenly");
+
+  struct Source {
+    int64_t offset;  // of a tap from the begin of the window
+    int32_t h, w;
+    bool inside;  // tap is one of the filter's
+  };
+  static FBC_DEVICE Source source(const Tap& tap, const ImageView<T>& image,
+                                  const ConvGeometry& g) {
+    const int32_t h = tap.r * g.dilation_h, w = tap.s * g.dilation_w;
+    return {h * image.stride_h + w * image.stride_w + tap.c, h, w, tap.r < g.R};
+  }
+  static FBC_DEVICE bool reads(const PixelRow& row, const Source& from, const ConvGeometry& g) {
+    return from.inside && static_cast<uint32_t>(row.h + from.h) < static_cast<uint32_t>(g.H) &&
+           static_cast<uint32_t>(row.w + from.w) < static_cast<uint32_t>(g.W);
+  }
+  FBC_DEVICE int target(int row, int element) const {
+    return tile_offset<T, kChunks>(row, piece_ * kPieceElements + element);
+  }
+
+  template <int kBytes>
+  FBC_DEVICE void copy_unit(unsigned char* tile, const PixelRow (&rows)[kRows],
+                            const ImageView<T>& image, const Tap& tap, int element,
+                            const ConvGeometry& g) const {
+    const Source from = source(tap, image, g);
+    FBC_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      const int at = row_ + i * kRowStep;
+      const PixelRow row = rows[at];
+      const bool valid = reads(row, from, g);
+      gpu::copy_async<kBytes>(tile + target(at, element),
+                              image.data + (valid ? row.offset + from.offset : 0), valid);
+    }
+  }
+  // One element of each row by ordinary loads, all of them under way before the first is stored.
+  FBC_DEVICE void copy_elements(unsigned char* tile, const PixelRow (&rows)[kRows],
+                                const ImageView<T>& image, const Tap& tap, int element,
+                                const ConvGeometry& g) const {
+    const Source from = source(tap, image, g);
+    T value[kCopies];
+    FBC_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      const PixelRow row = rows[row_ + i * kRowStep];
+      value[i] = T{};
+      if (reads(row, from, g)) value[i] = image.data[row.offset + from.offset];
+    }
+    FBC_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      *reinterpret_cast<T*>(tile + target(row_ + i * kRowStep, element)) = value[i];
+    }
+  }
+
+  int row_, piece_;
+  Tap tap_, step_;
+};
+
+}  // namespace fbc::cuda
