@@ -1,8 +1,7 @@
-"""Typed wrapper, fake and schema of every operator, side by side.
+"""Typed wrapper and schema of every operator, side by side; fakes are in ``_fakes.py``.
 
-C++ owns schemas, kernels and autograd (``csrc/bindings``). The fakes here tell torch.compile the
-shape, strides and dtype of every result, by the same rule as the native allocation. Arguments are
-as in the schema; :mod:`fastbconv.functional` is the interface for users.
+C++ owns schemas, kernels and autograd (``csrc/bindings``). Arguments are as in the schema;
+:mod:`fastbconv.functional` is the interface for users.
 
 Shared arguments. ``seed``: int64 (2,), (key, offset). ``prior``: the (loc, scale) that a prior
 tensor of None leaves in force, for the weight and then the bias. ``padding``: top, bottom, left,
@@ -10,21 +9,22 @@ right. ``element_offset``: noise number of the first weight and bias element. ``
 to the seed's offset. ``algorithm``: 0 auto, 1 direct, 2 winograd2, 3 winograd4, 4 library. Results
 that were not asked for are empty tensors of shape (0,). The ``*_backward`` operators are called by
 autograd alone and have no wrapper; their fakes quote the schema.
+
+On CUDA nothing waits for the device: tensors are read by the kernels alone, so their values are not
+checked there (a scale of the prior that is not positive shows as NaN in the KL, as on the CPU).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
-from . import _native, _transforms
+from . import _fakes, _native, _transforms
 
-_FAKES: dict[str, Callable[..., Any]] = {}
 _state: dict[str, bool] = {}
 _LOADING = threading.RLock()
 
@@ -36,7 +36,7 @@ def available() -> bool:
         with _LOADING:
             if "available" not in _state:  # else another thread was first
                 loaded = _native.load() is not None
-                for name, fake in _FAKES.items() if loaded else ():
+                for name, fake in _fakes.FAKES.items() if loaded else ():
                     torch.library.register_fake(f"fastbconv::{name}", fake)
                 _state["available"] = loaded  # last: who reads it takes no lock
     return _state["available"]
@@ -56,25 +56,6 @@ def _call(name: str, tensors: tuple[Tensor | None, ...], options: dict[str, Any]
     if torch._C._are_functorch_transforms_active():  # a constant to torch.compile
         return _IN_TRANSFORM[name](tensors, options)
     return _op(name)(*tensors, **options)
-
-
-def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers ``_fake_<name>`` when the native library is loaded."""
-    _FAKES[function.__name__.removeprefix("_fake_")] = function
-    return function
-
-
-def _empty_unless(wanted: bool, like: Tensor | None, parameter: Tensor) -> Tensor:
-    return torch.empty_like(like) if wanted and like is not None else parameter.new_empty((0,))
-
-
-def _empty_image(shape: Sequence[int], like: Tensor) -> Tensor:
-    layout = suggest_memory_format(like)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _extent(extent: int, pads: int, filter: int, stride: int, dilation: int) -> int:
-    return (extent + pads - (filter - 1) * dilation - 1) // stride + 1
 
 
 def bconv2d(
@@ -120,6 +101,8 @@ def bconv2d(
             bool save_pre_activation)
             -> (Tensor output, Tensor kl, Tensor pre_activation, Tensor weight)
 
+    A weight sampled before is weight_loc in the dtype of the input (16-bit too), weight_rho None.
+
     Shape:
         input (N, C, H, W); weight_loc, weight_rho (K, C/groups, R, S); bias_loc, bias_rho (K,);
         output (num_samples * N with share_input, else N, K, P, Q) in the memory format of input;
@@ -148,83 +131,6 @@ def bconv2d(
         "save_pre_activation": save_pre_activation,
     }
     return _call("bconv2d", tensors, options)
-
-
-@_fake
-def _fake_bconv2d(
-    input: Tensor,
-    weight_loc: Tensor,
-    *parameters: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    num_samples: int,
-    share_input: bool,
-    keep_weight: bool,
-    save_pre_activation: bool,
-    **unused: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _one_device(input, weight_loc, *parameters)
-    top, bottom, left, right = padding
-    rows, _, height, width = input.shape
-    filters, channels, filter_h, filter_w = weight_loc.shape
-    shape = (
-        rows * num_samples if share_input else rows,
-        filters,
-        _extent(height, top + bottom, filter_h, stride[0], dilation[0]),
-        _extent(width, left + right, filter_w, stride[1], dilation[1]),
-    )
-    output = _empty_image(shape, input)
-    kept = input.new_empty((num_samples, filters, filter_h, filter_w, channels))
-    return (
-        output,
-        weight_loc.new_empty(()),
-        torch.empty_like(output) if save_pre_activation else input.new_empty((0,)),
-        kept.permute(0, 1, 4, 2, 3) if keep_weight else input.new_empty((0,)),
-    )
-
-
-@_fake
-def _fake_bconv2d_backward(
-    grad_output: Tensor,
-    grad_kl: Tensor | None,
-    input: Tensor,
-    saved: Tensor | None,
-    weight: Tensor | None,
-    weight_loc: Tensor,
-    weight_rho: Tensor | None,
-    bias_loc: Tensor | None,
-    bias_rho: Tensor | None,
-    seed: Tensor,
-    *priors: Tensor | None,
-    output_mask: Sequence[bool],
-    **unused: Any,
-) -> tuple[Tensor, ...]:
-    """Gradients of bconv2d by its nine floating-point tensors, those in ``output_mask``.
-
-    .. code-block:: text
-
-        bconv2d_backward(Tensor grad_output, Tensor? grad_kl, Tensor input, Tensor? saved,
-            Tensor? weight, Tensor weight_loc, Tensor? weight_rho, Tensor? bias_loc,
-            Tensor? bias_rho, Tensor seed, Tensor? prior_loc, Tensor? prior_scale,
-            Tensor? bias_prior_loc, Tensor? bias_prior_scale, *, float[] prior, bool weight_kl,
-            bool bias_kl, float scale_floor, int[] stride, int[] padding, int[] dilation,
-            int groups, int activation, float activation_param, int num_samples, bool share_input,
-            int offset_add, int[] element_offset, int algorithm, bool[] output_mask)
-            -> (Tensor grad_input, Tensor grad_weight_loc, Tensor grad_weight_rho,
-                Tensor grad_bias_loc, Tensor grad_bias_rho, Tensor grad_prior_loc,
-                Tensor grad_prior_scale, Tensor grad_bias_prior_loc, Tensor grad_bias_prior_scale)
-
-    ``saved`` is the output, or the pre-activation for silu, mish and gelu; None for linear.
-    """
-    grad_input = input.new_empty((0,))
-    if output_mask[0]:
-        grad_input = _empty_image(input.shape, input)
-    likes = (weight_loc, weight_rho, bias_loc, bias_rho, *priors)
-    return grad_input, *(
-        _empty_unless(wanted, like, weight_loc)
-        for wanted, like in zip(output_mask[1:], likes, strict=True)
-    )
 
 
 def sample_posterior(
@@ -270,41 +176,78 @@ def sample_posterior(
     return _call("sample_posterior", tensors, options)
 
 
-@_fake
-def _fake_sample_posterior(
-    loc: Tensor,
-    *rest: Tensor | None,
-    num_samples: int,
-    dtype: torch.dtype | None,
-    **unused: Any,
-) -> tuple[Tensor, Tensor]:
-    _one_device(loc, *rest)
-    return loc.new_empty((num_samples, *loc.shape), dtype=dtype or loc.dtype), loc.new_empty(())
-
-
-@_fake
-def _fake_sample_posterior_backward(
-    grad_sample: Tensor | None,
-    grad_kl: Tensor | None,
-    loc: Tensor,
-    rho: Tensor | None,
+def sample_posterior_list(
+    loc: Sequence[Tensor],
+    rho: Sequence[Tensor],
     seed: Tensor,
-    *priors: Tensor | None,
-    output_mask: Sequence[bool],
-    **unused: Any,
-) -> tuple[Tensor, ...]:
-    """Gradients of sample_posterior by loc, rho and the prior tensors.
+    prior_loc: Sequence[Tensor | None],
+    prior_scale: Sequence[Tensor | None],
+    *,
+    prior: Sequence[float],
+    with_kl: Sequence[bool],
+    scale_floor: float,
+    stream: Sequence[int],
+    offset_add: int,
+    element_offset: Sequence[int],
+    cast: Sequence[bool],
+    dtype: torch.dtype | None,
+) -> tuple[list[Tensor], Tensor]:
+    """One draw of each of n posteriors, and their KLs: one launch on CUDA.
 
     .. code-block:: text
 
-        sample_posterior_backward(Tensor? grad_sample, Tensor? grad_kl, Tensor loc, Tensor? rho,
-            Tensor seed, Tensor? prior_loc, Tensor? prior_scale, *, float[] prior,
-            float scale_floor, int stream, int num_samples, int offset_add, int element_offset,
-            bool[] output_mask)
-            -> (Tensor grad_loc, Tensor grad_rho, Tensor grad_prior_loc, Tensor grad_prior_scale)
+        sample_posterior_list(Tensor[] loc, Tensor[] rho, Tensor seed, Tensor?[] prior_loc,
+            Tensor?[] prior_scale, *, float[] prior, bool[] with_kl, float scale_floor,
+            int[] stream, int offset_add, int[] element_offset, bool[] cast, ScalarType? dtype)
+            -> (Tensor[] sample, Tensor kl)
+
+    Shape:
+        seed (n, 2), a row each; prior (2 n,), loc and scale of each; sample[i] as loc[i], in KRSC
+        memory for four dimensions, in ``dtype`` where cast[i]; kl (n,), 0 where not with_kl[i].
     """
-    likes = (loc, rho, *priors)
-    return tuple(_empty_unless(w, like, loc) for w, like in zip(output_mask, likes, strict=True))
+    options = {
+        "prior": prior,
+        "with_kl": with_kl,
+        "scale_floor": scale_floor,
+        "stream": stream,
+        "offset_add": offset_add,
+        "element_offset": element_offset,
+        "cast": cast,
+        "dtype": dtype,
+    }
+    if torch._C._are_functorch_transforms_active():  # a constant to torch.compile
+        return _one_by_one(loc, rho, seed, prior_loc, prior_scale, options)
+    op = _op("sample_posterior_list")
+    return op(loc, rho, seed, prior_loc, prior_scale, **options)
+
+
+def _one_by_one(
+    loc: Sequence[Tensor],
+    rho: Sequence[Tensor],
+    seed: Tensor,
+    prior_loc: Sequence[Tensor | None],
+    prior_scale: Sequence[Tensor | None],
+    options: dict[str, Any],
+) -> tuple[list[Tensor], Tensor]:
+    """sample_posterior_list by sample_posterior."""
+    samples, kls = [], []
+    for i, tensors in enumerate(zip(loc, rho, prior_loc, prior_scale, strict=True)):
+        sample, kl = sample_posterior(
+            *tensors[:2],
+            seed[i],
+            *tensors[2:],
+            prior=options["prior"][2 * i : 2 * i + 2],
+            with_kl=options["with_kl"][i],
+            scale_floor=options["scale_floor"],
+            stream=options["stream"][i],
+            num_samples=1,
+            offset_add=options["offset_add"],
+            element_offset=options["element_offset"][i],
+            dtype=options["dtype"] if options["cast"][i] else None,
+        )
+        samples.append(_fakes.in_krsc(sample[0]))
+        kls.append(kl)
+    return samples, torch.stack(kls)
 
 
 def kl_normal(
@@ -327,28 +270,6 @@ def kl_normal(
     return _call("kl_normal", (loc, rho, prior_loc, prior_scale), options)
 
 
-@_fake
-def _fake_kl_normal(loc: Tensor, *rest: Tensor | None, **unused: Any) -> Tensor:
-    _one_device(loc, *rest)
-    return loc.new_empty(())
-
-
-@_fake
-def _fake_kl_normal_backward(
-    grad_kl: Tensor, loc: Tensor, *rest: Tensor | None, output_mask: Sequence[bool], **unused: Any
-) -> tuple[Tensor, ...]:
-    """Gradients of kl_normal by loc, rho and the prior tensors.
-
-    .. code-block:: text
-
-        kl_normal_backward(Tensor grad_kl, Tensor loc, Tensor rho, Tensor? prior_loc,
-            Tensor? prior_scale, *, float[] prior, float scale_floor, bool[] output_mask)
-            -> (Tensor, Tensor, Tensor, Tensor)
-    """
-    likes = (loc, *rest)
-    return tuple(_empty_unless(w, like, loc) for w, like in zip(output_mask, likes, strict=True))
-
-
 def standard_normal(
     seed: Tensor, numel: int, *, stream: int, sample: int, element_offset: int
 ) -> Tensor:
@@ -363,9 +284,14 @@ def standard_normal(
     return op(seed, numel, stream=stream, sample=sample, element_offset=element_offset)
 
 
-@_fake
-def _fake_standard_normal(seed: Tensor, numel: int, **unused: Any) -> Tensor:
-    return seed.new_empty((numel,), dtype=torch.float32)
+def derive_seeds(seed: Tensor, first: int, count: int) -> Tensor:
+    """Independent children of a seed: row i is noise.derive(seed, first + i), (count, 2).
+
+    .. code-block:: text
+
+        derive_seeds(Tensor seed, int first, int count) -> Tensor
+    """
+    return _op("derive_seeds")(seed, first, count)
 
 
 def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
@@ -376,18 +302,6 @@ def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
         philox4x32_10(Tensor counter, Tensor key) -> Tensor
     """
     return _op("philox4x32_10")(counter, key)
-
-
-@_fake
-def _fake_philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
-    return counter.new_empty(counter.shape)
-
-
-def _one_device(*tensors: Tensor | None) -> None:
-    """Meta tensors among others would give a meta result without a word."""
-    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(f"tensors: expected all on one device, got {', '.join(sorted(devices))}")
 
 
 def _from_pre_activation(activation: int) -> bool:

@@ -147,3 +147,47 @@ def draw_options(**changes: Any) -> dict[str, Any]:
     }
     assert changes.keys() <= defaults.keys()
     return {**defaults, **changes}
+
+
+def posterior_list(dtype: torch.dtype = torch.float32) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of sample_posterior_list: a filter in KRSC memory, a matrix, two vectors."""
+    loc, rho, prior_loc, prior_scale = (t.detach() for t in posterior(dtype))
+    shapes = ((5, 7), (9,), (4,))
+    locs = [loc.contiguous(memory_format=torch.channels_last)]
+    rhos = [rho]
+    for index, shape in enumerate(shapes):
+        locs.append(randn(*shape, dtype=dtype, seed=20 + index))
+        rhos.append(randn(*shape, dtype=dtype, seed=30 + index) - 1.0)
+    for tensor in (*locs, *rhos, prior_loc, prior_scale):
+        tensor.requires_grad_()
+    seeds = torch.stack([noise_seed() + index for index in range(4)])
+    narrow = None if dtype == torch.float64 else torch.bfloat16
+    options = {
+        "prior": [0.0, 1.0, 0.1, 0.5, 0.0, 2.0, 0.0, 1.0],
+        "with_kl": [True, True, True, False],
+        "scale_floor": FLOOR,
+        "stream": [0, 0, 1, 1],
+        "offset_add": 2,
+        "element_offset": [0, 12, 0, 0],
+        "cast": [True, True, False, False],
+        "dtype": narrow,
+    }
+    return (locs, rhos, seeds, [prior_loc, *[None] * 3], [prior_scale, *[None] * 3]), options
+
+
+def list_backward_arguments(
+    args: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of sample_posterior_list_backward for the forward call given."""
+    with torch.no_grad():
+        drawn, kl = ops.sample_posterior_list(*args, **keywords)
+    grads = [torch.ones_like(sample) for sample in drawn]
+    grads[1] = None  # a sample that was not used
+    flat = [
+        [t if t is None else t.detach() for t in part] if isinstance(part, list) else part
+        for part in args
+    ]
+    keywords = {k: v for k, v in keywords.items() if k not in ("with_kl", "cast", "dtype")}
+    present = [*flat[0], *flat[1], *flat[3], *flat[4]]
+    mask = [tensor is not None for tensor in present]
+    return (grads, torch.ones_like(kl), *flat), {**keywords, "output_mask": mask}

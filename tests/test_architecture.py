@@ -27,17 +27,19 @@ ALLOWED = {
     "_native": "_build",
     "_arguments": "",
     "activations": "",
-    "contexts": "",
+    "contexts": "kl",
     "regularizers": "",
     "kl": "activations",
     "_transforms": "",  # the torch.func path of each operator
-    "ops": "_native _transforms activations",
+    "_fakes": "",  # what each operator returns, uncomputed
+    "ops": "_fakes _native _transforms activations",
     "noise": "ops",  # the native generator, asked for by name only
     "selection": "_arguments _native ops",
     "reference": "noise kl activations",
     "_call": "_arguments activations kl noise ops reference selection",
     "functional": "_arguments _call activations kl noise ops reference selection",
     "layers": "_arguments _call activations contexts functional kl layers noise regularizers",
+    "grouped": "_arguments _call contexts layers models noise",
     "models": "_arguments contexts functional kl layers noise",
     "testing": "reference noise kl activations",
     "train": "__init__ _version train functional kl layers models noise",

@@ -12,7 +12,7 @@ import torch
 from op_samples import ALGORITHMS, LIBRARY, RELU, SILU, options, tensors
 from torch import Tensor
 
-from fastbconv import ops
+from fastbconv import _fakes, ops
 
 samples.native()
 NAMES = sorted(
@@ -38,6 +38,9 @@ def _conv_samples() -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
     yield "silu-kept", tensors(prior="trainable"), options(activation=SILU, keep_weight=True)
     yield "samples", tensors(4, bias="point"), options(num_samples=2, save_pre_activation=True)
     yield "shared", tensors(2, prior="tensor"), options(num_samples=3, share_input=True)
+    sampled = tensors(bias="point", dtype=torch.bfloat16)
+    sampled[1], sampled[2] = sampled[1].detach().bfloat16().requires_grad_(), None
+    yield "sampled-weight", sampled, options(weight_kl=False)
     yield "empty-output", tensors(2, H=2, R=5), options(padding=[1, 1, 1, 1])
 
 
@@ -61,9 +64,18 @@ def _samples() -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
         args = (grad, one, flat[0], flat[1], seed, *flat[2:])
         yield "sample_posterior_backward", str(dtype), args, {**rest, **mask}
         yield "kl_normal_backward", str(dtype), (one, *flat), {**kl, **mask}
+        yield from _list_samples(dtype)
+    yield "derive_seeds", "plain", (seed, 3, 5), {}
     yield "standard_normal", "plain", (seed, 37), {"stream": 0, "sample": 1, "element_offset": 3}
     counter, key = torch.arange(12).reshape(3, 4), torch.arange(6).reshape(3, 2)
     yield "philox4x32_10", "plain", (counter, key), {}
+
+
+def _list_samples(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
+    args, kwargs = samples.posterior_list(dtype)
+    yield "sample_posterior_list", str(dtype), args, kwargs
+    args, kwargs = samples.list_backward_arguments(args, kwargs)
+    yield "sample_posterior_list_backward", str(dtype), args, kwargs
 
 
 SAMPLES = list(_samples())
@@ -72,7 +84,7 @@ SAMPLES = list(_samples())
 @pytest.mark.parametrize("name", NAMES)
 def test_every_operator_is_complete(name: str) -> None:
     qualified = f"fastbconv::{name}"
-    quoted = " ".join(inspect.getsource(ops).split())
+    quoted = " ".join((inspect.getsource(ops) + inspect.getsource(_fakes)).split())
     schema = str(op(name)._schema).replace("fastbconv::", "").replace(".default", "")
     # Results without a name print as such; text wrapping may add a blank after a bracket.
     assert schema.replace(" ", "") in quoted.replace(" ", ""), schema
@@ -83,9 +95,10 @@ def test_every_operator_is_complete(name: str) -> None:
 
 
 def test_names_are_those_of_the_contract() -> None:
-    differentiable = ["bconv2d", "kl_normal", "sample_posterior"]
+    differentiable = ["bconv2d", "kl_normal", "sample_posterior", "sample_posterior_list"]
     backward = [f"{name}_backward" for name in differentiable]
-    assert sorted(differentiable + backward + ["philox4x32_10", "standard_normal"]) == NAMES
+    integers = ["derive_seeds", "philox4x32_10", "standard_normal"]
+    assert sorted(differentiable + backward + integers) == NAMES
 
 
 @pytest.mark.parametrize(

@@ -140,15 +140,23 @@ Pointer make_node(const std::string& op) {
   }
 }
 
+void append_tensors(const c10::IValue& value, variable_list* out) {
+  if (value.isTensor()) {
+    out->push_back(value.toTensor());
+  } else if (value.isTensorList()) {
+    for (const at::Tensor& tensor : value.toTensorVector()) out->push_back(tensor);
+  } else if (value.isList()) {
+    for (const c10::IValue& entry : value.toListRef()) append_tensors(entry, out);
+  }
+}
+
 // Boxed: one kernel for all of them. It is passed on the way only where a graph is recorded or
 // traced.
 void backward_op_autograd(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const std::string name = op.schema().name();
   variable_list inputs;
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
-  for (const c10::IValue& argument : arguments) {
-    if (argument.isTensor()) inputs.push_back(argument.toTensor());
-  }
+  for (const c10::IValue& argument : arguments) append_tensors(argument, &inputs);
   for (const at::Tensor& input : inputs) refuse_forward_mode(name.c_str(), input);
   const bool record = torch::autograd::compute_requires_grad(inputs);
   {
@@ -158,10 +166,11 @@ void backward_op_autograd(const c10::OperatorHandle& op, torch::jit::Stack* stac
   if (!record) return;
   const auto node = make_node<RefuseDoubleBackward>(name);
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
-  for (const c10::IValue& result : torch::jit::last(*stack, op.schema().returns().size())) {
-    at::Tensor grad = result.toTensor();
+  variable_list grads;
+  for (const c10::IValue& result : torch::jit::last(*stack, op.schema().returns().size()))
+    append_tensors(result, &grads);
+  for (at::Tensor& grad : grads)
     if (grad.numel() > 0) torch::autograd::set_history(grad, node);
-  }
 }
 
 }  // namespace
@@ -172,8 +181,11 @@ TORCH_LIBRARY_IMPL(fastbconv, Autograd, m) {
   m.impl("bconv2d_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
   m.impl("sample_posterior_backward",
          torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
+  m.impl("sample_posterior_list_backward",
+         torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
   m.impl("kl_normal_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
   m.impl("standard_normal", torch::CppFunction::makeFallthrough());  // integers in, no derivative
+  m.impl("derive_seeds", torch::CppFunction::makeFallthrough());
   m.impl("philox4x32_10", torch::CppFunction::makeFallthrough());
 }
 

@@ -39,9 +39,9 @@ inline void expect_dtype(const char* name, at::ScalarType expected, const at::Te
                    got.scalar_type());
 }
 
-inline void expect_cpu(const char* name, const at::Tensor& got) {
-  TORCH_CHECK_VALUE(got.device().is_cpu(), name,
-                    ": expected a tensor on cpu, as the other arguments, got ", got.device());
+inline void expect_device(const char* name, at::Device expected, const at::Tensor& got) {
+  TORCH_CHECK_VALUE(got.device() == expected, name, ": expected a tensor on ", expected,
+                    ", as the other arguments, got ", got.device());
 }
 
 inline void expect_length(const char* name, size_t expected, size_t got) {
@@ -55,11 +55,12 @@ inline void expect_in_range(const char* name, int64_t least, int64_t got) {
                     " and at most ", kMost, ", got ", got);
 }
 
-inline void expect_seed(const at::Tensor& seed) {
+// Its values are not looked at: on a GPU they are the kernels' to read.
+inline void expect_seed(at::Device device, const at::Tensor& seed) {
   expect_defined("seed", seed);
   expect_dtype("seed", at::kLong, seed);
   expect_shape("seed", {2}, seed.sizes());
-  expect_cpu("seed", seed);
+  expect_device("seed", device, seed);
 }
 
 // Parameters are float32 or float64.
@@ -67,7 +68,6 @@ inline void expect_parameter(const char* name, const at::Tensor& got) {
   expect_defined(name, got);
   TORCH_CHECK_TYPE(got.scalar_type() == at::kFloat || got.scalar_type() == at::kDouble, name,
                    ": expected dtype float32 or float64, got ", got.scalar_type());
-  expect_cpu(name, got);
 }
 
 // A companion of a parameter: same shape, dtype and device.
@@ -75,14 +75,15 @@ inline void expect_like(const char* name, const at::Tensor& like, const at::Tens
   if (got == nullptr) return;
   expect_dtype(name, like.scalar_type(), *got);
   expect_shape(name, like.sizes(), got->sizes());
-  expect_cpu(name, *got);
+  expect_device(name, like.device(), *got);
 }
 
-// A prior: dtype and device of the parameter, and a shape that broadcasts to the parameter's.
-inline void expect_broadcastable(const char* name, const at::Tensor& like, const at::Tensor* got) {
+// A prior: device of the parameter, and a shape that broadcasts to the parameter's.
+inline void expect_broadcastable(const char* name, const at::Tensor& like, at::ScalarType dtype,
+                                 const at::Tensor* got) {
   if (got == nullptr) return;
-  expect_dtype(name, like.scalar_type(), *got);
-  expect_cpu(name, *got);
+  expect_dtype(name, dtype, *got);
+  expect_device(name, like.device(), *got);
   const int64_t missing = like.dim() - got->dim();
   bool fits = missing >= 0;
   for (int64_t d = 0; fits && d < got->dim(); ++d)

@@ -10,11 +10,15 @@ namespace fbc {
 
 namespace {
 
-void check_dtypes(const at::Tensor& input, const at::Tensor& weight_loc) {
+bool is_16_bit(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
+
+// A weight without rho may come in the 16-bit dtype of the input: it was sampled before.
+void check_dtypes(const at::Tensor& input, const at::Tensor& weight_loc, bool sampled) {
   const at::ScalarType type = input.scalar_type();
   TORCH_CHECK_TYPE(
       type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
       "input: expected dtype float32, float64, bfloat16 or float16, got ", type);
+  if (sampled && is_16_bit(type) && weight_loc.scalar_type() == type) return;
   expect_parameter("weight_loc", weight_loc);
   expect_dtype("weight_loc", type == at::kDouble ? at::kDouble : at::kFloat, weight_loc);
 }
@@ -26,8 +30,8 @@ void check_options(const ConvOptions& o) {
   for (const int64_t value : o.padding) expect_in_range("padding", 0, value);
   // Rows of the image are copied with their zero columns.
   TORCH_CHECK_NOT_IMPLEMENTED(o.padding[2] + o.padding[3] <= kMostZeroColumns,
-                              "padding: expected at most ", kMostZeroColumns,
-                              " zero columns, got ", o.padding[2] + o.padding[3],
+                              "padding: expected at most ", kMostZeroColumns, " zero columns, got ",
+                              o.padding[2] + o.padding[3],
                               "; crop the output of a smaller padding instead");
   for (const int64_t value : o.dilation) expect_in_range("dilation", 1, value);
   expect_in_range("groups", 1, o.groups);
@@ -100,13 +104,16 @@ ConvShape conv_shape(const at::Tensor& input, const at::Tensor& weight, const Co
   return s;
 }
 
-void check_bias(const at::Tensor& weight_loc, const PosteriorTensors& bias) {
+void check_bias(const PosteriorTensors& weight, const PosteriorTensors& bias) {
   TORCH_CHECK_VALUE(bias.loc != nullptr || bias.rho == nullptr,
                     "bias_rho: expected none without bias_loc, got a tensor");
   if (bias.loc == nullptr) return;
-  expect_shape("bias_loc", {weight_loc.size(0)}, bias.loc->sizes());
-  expect_dtype("bias_loc", weight_loc.scalar_type(), *bias.loc);
-  check_posterior(bias, "bias_loc", "bias_rho", "bias_prior_loc", "bias_prior_scale");
+  expect_shape("bias_loc", {weight.loc->size(0)}, bias.loc->sizes());
+  expect_device("bias_loc", weight.loc->device(), *bias.loc);
+  const bool sampled = weight.loc->scalar_type() != weight.dtype() && bias.rho == nullptr;
+  if (!sampled || bias.loc->scalar_type() != weight.loc->scalar_type())
+    expect_dtype("bias_loc", weight.dtype(), *bias.loc);
+  check_posterior(bias, "bias_rho", "bias_prior_loc", "bias_prior_scale");
 }
 
 }  // namespace
@@ -125,27 +132,52 @@ at::Tensor empty_output(const ConvCall& call) {
 ConvCall make_conv_call(const ConvTensors& t, const ConvOptions& o) {
   expect_defined("input", *t.input);
   expect_defined("weight_loc", *t.weight_loc);
-  check_dtypes(*t.input, *t.weight_loc);
-  expect_cpu("input", *t.input);
-  expect_seed(*t.seed);
+  check_dtypes(*t.input, *t.weight_loc, t.weight_rho == nullptr);
+  expect_device("weight_loc", t.input->device(), *t.weight_loc);
+  expect_seed(t.input->device(), *t.seed);
   check_options(o);
   check_channels(*t.input, *t.weight_loc, o);
-  const NoiseKey noise = noise_key(*t.seed, o.offset_add);
   ConvCall call = {};
   call.options = o;
   call.activation = static_cast<Activation>(o.activation);
   call.input = t.input;
-  call.weight = {t.weight_loc, t.weight_rho,  t.prior_loc, t.prior_scale,   o.prior[0],
-                 o.prior[1],   o.scale_floor, noise,       Stream::kWeight, o.element_offset[0]};
-  call.bias = {t.bias_loc,    t.bias_rho,         t.bias_prior_loc, t.bias_prior_scale,
-               o.prior[2],    o.prior[3],         o.scale_floor,    noise,
-               Stream::kBias, o.element_offset[1]};
-  check_posterior(call.weight, "weight_loc", "weight_rho", "prior_loc", "prior_scale");
-  check_bias(*t.weight_loc, call.bias);
+  call.weight = {t.weight_loc, t.weight_rho,    t.prior_loc,        t.prior_scale,
+                 o.prior[0],   o.prior[1],      o.scale_floor,      t.seed,
+                 o.offset_add, Stream::kWeight, o.element_offset[0]};
+  call.bias = {t.bias_loc,   t.bias_rho,    t.bias_prior_loc,   t.bias_prior_scale,
+               o.prior[2],   o.prior[3],    o.scale_floor,      t.seed,
+               o.offset_add, Stream::kBias, o.element_offset[1]};
+  check_posterior(call.weight, "weight_rho", "prior_loc", "prior_scale");
+  check_bias(call.weight, call.bias);
   call.shape = conv_shape(*t.input, *t.weight_loc, o);
   call.format = t.input->suggest_memory_format();
   call.compute_dtype = t.input->scalar_type();
   return call;
+}
+
+void check_conv_backward(const ConvCall& call, const ConvBackward& back) {
+  const ConvShape& s = call.shape;
+  const at::Device device = call.input->device();
+  const std::array<int64_t, 4> image = {s.output_rows(), s.K, s.P, s.Q};
+  expect_defined("grad_output", *back.grad_output);
+  expect_dtype("grad_output", call.compute_dtype, *back.grad_output);
+  expect_shape("grad_output", image, back.grad_output->sizes());
+  expect_device("grad_output", device, *back.grad_output);
+  const bool linear = call.activation == Activation::kLinear;
+  TORCH_CHECK_VALUE(linear || back.saved != nullptr,
+                    "saved: expected the output or the pre-activation of "
+                    "a convolution with an activation, got None");
+  if (back.saved != nullptr) {
+    expect_dtype("saved", call.compute_dtype, *back.saved);
+    expect_shape("saved", image, back.saved->sizes());
+    expect_device("saved", device, *back.saved);
+  }
+  if (back.weight != nullptr) {
+    expect_dtype("weight", call.compute_dtype, *back.weight);
+    expect_shape("weight", {s.num_samples, s.K, s.channels_per_group(), s.R, s.S},
+                 back.weight->sizes());
+    expect_device("weight", device, *back.weight);
+  }
 }
 
 }  // namespace fbc

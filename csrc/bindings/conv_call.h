@@ -1,4 +1,5 @@
-// One checked convolution: what cpu_ops.cpp hands to a provider. Two providers compute it:
+// One checked convolution: what cpu_ops.cpp and cuda_ops.cpp hand to a provider. Two providers
+// compute it; on the CPU:
 //
 //   direct    the one-pass kernels of csrc/cpu (provider_direct.cpp)
 //   library   our fused sampling pass, ATen's convolution, our epilogue (provider_library.cpp)
@@ -27,8 +28,8 @@ struct ConvCall {
 
   bool has_bias() const { return bias.loc != nullptr; }
   bool is_empty() const { return shape.output_rows() == 0 || shape.P == 0 || shape.Q == 0; }
-  at::ScalarType parameter_dtype() const { return weight.loc->scalar_type(); }
-  ConvProblem problem() const;
+  at::ScalarType parameter_dtype() const { return weight.dtype(); }
+  ConvProblem problem() const;  // for the CPU
 };
 
 // Pointers into the operator's arguments; null: absent.
@@ -57,6 +58,9 @@ struct ConvBackward {
   const at::Tensor* weight;  // kept weight; null: drawn again
   bool wants_input, wants_weight, wants_bias;
 };
+
+// Shapes, dtypes and devices of `back`.
+void check_conv_backward(const ConvCall& call, const ConvBackward& back);
 
 // method: kDirect or kWinograd2, likewise below.
 template <typename T>

@@ -3,7 +3,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include "conv_call.h"
+#include "conv_entry.h"
 #include "posterior_pass.h"
 
 namespace fbc {
@@ -36,10 +36,10 @@ ConvOutputs allocate_outputs(const ConvCall& call, bool keep_weight, bool save_p
 template <typename T>
 void forward_empty(const ConvCall& call, ConvOutputs* out) {
   out->output = empty_output(call);
-  const auto p = posterior_params<T>(call.weight);
+  const auto p = host_posterior_params<T>(call.weight);
   if (call.options.weight_kl) out->kl += kl_divergence(p);
   if (call.has_bias() && call.options.bias_kl)
-    out->kl += kl_divergence(posterior_params<T>(call.bias));
+    out->kl += kl_divergence(host_posterior_params<T>(call.bias));
   if (!out->weight.defined()) return;
   for (int64_t sample = 0; sample < call.shape.num_samples; ++sample) {
     const at::Tensor weight = out->weight.select(0, sample);
@@ -64,40 +64,36 @@ void forward(const ConvCall& call, ConvOutputs* out) {
   }
 }
 
-Tensors4 bconv2d_cpu(const at::Tensor& input, const at::Tensor& weight_loc,
-                     const OptionalTensor& weight_rho, const OptionalTensor& bias_loc,
-                     const OptionalTensor& bias_rho, const at::Tensor& seed,
-                     const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                     const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale,
-                     Doubles prior, bool weight_kl, bool bias_kl, double scale_floor,
-                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                     int64_t groups, int64_t activation, double activation_param,
-                     int64_t num_samples, bool share_input, int64_t offset_add,
-                     at::IntArrayRef element_offset, int64_t algorithm, bool keep_weight,
-                     bool save_pre_activation) {
-  const ConvTensors tensors = {&input,
-                               &weight_loc,
-                               get_if_defined(weight_rho),
-                               get_if_defined(bias_loc),
-                               get_if_defined(bias_rho),
-                               &seed,
-                               get_if_defined(prior_loc),
-                               get_if_defined(prior_scale),
-                               get_if_defined(bias_prior_loc),
-                               get_if_defined(bias_prior_scale)};
-  const ConvCall call = make_conv_call(
-      tensors, conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding, dilation,
-                            groups, activation, activation_param, num_samples, share_input,
-                            offset_add, element_offset, algorithm));
+// A weight or bias that was sampled before, in the 16-bit dtype of the input, as float32: its
+// rounding gives the same bits again. `call` is then bound to the tensors in here.
+struct WideParameters {
+  explicit WideParameters(ConvCall* call) {
+    widen(&call->weight, &weight);
+    if (call->has_bias()) widen(&call->bias, &bias);
+  }
+  at::Tensor weight, bias;
+
+ private:
+  static void widen(PosteriorTensors* t, at::Tensor* wide) {
+    if (t->loc->scalar_type() == t->dtype()) return;
+    *wide = t->loc->to(t->dtype());
+    t->loc = wide;
+  }
+};
+
+Tensors4 forward_cpu(const ConvCall& given, bool keep_weight, bool save_pre_activation) {
+  ConvCall call = given;
+  const WideParameters wide(&call);
   ConvOutputs out = allocate_outputs(call, keep_weight, save_pre_activation);
-  if (weight_loc.scalar_type() == at::kDouble) {
+  if (call.parameter_dtype() == at::kDouble) {
     forward<double>(call, &out);
   } else {
     forward<float>(call, &out);
   }
-  if (!save_pre_activation) out.pre_activation = at::empty({0}, input.options());
-  if (!keep_weight) out.weight = at::empty({0}, input.options());
-  return {out.output, scalar_like(weight_loc, out.kl), out.pre_activation, out.weight};
+  const auto options = call.input->options();
+  if (!save_pre_activation) out.pre_activation = at::empty({0}, options);
+  if (!keep_weight) out.weight = at::empty({0}, options);
+  return {out.output, scalar_like(*call.weight.loc, out.kl), out.pre_activation, out.weight};
 }
 
 // Gradient by each draw of weight and bias, and by the input; undefined where not wanted.
@@ -142,7 +138,7 @@ template <typename T>
 PosteriorGradients finish_posterior(const PosteriorTensors& posterior, GradientBinder<T>* binder,
                                     const at::Tensor& grad_sample) {
   if (grad_sample.defined()) binder->set_grad_sample(grad_sample);
-  binder->run(posterior_params<T>(posterior));
+  binder->run(host_posterior_params<T>(posterior));
   return binder->finish();
 }
 
@@ -175,81 +171,24 @@ Tensors9 backward(const ConvCall& call, ConvBackward back, double grad_kl,
           w.prior_loc, w.prior_scale, b.prior_loc, b.prior_scale};
 }
 
-void check_backward(const ConvCall& call, const ConvBackward& back) {
-  const ConvShape& s = call.shape;
-  const std::array<int64_t, 4> image = {s.output_rows(), s.K, s.P, s.Q};
-  expect_defined("grad_output", *back.grad_output);
-  expect_dtype("grad_output", call.compute_dtype, *back.grad_output);
-  expect_shape("grad_output", image, back.grad_output->sizes());
-  expect_cpu("grad_output", *back.grad_output);
-  const bool linear = call.activation == Activation::kLinear;
-  TORCH_CHECK_VALUE(linear || back.saved != nullptr,
-                    "saved: expected the output or the pre-activation of "
-                    "a convolution with an activation, got None");
-  if (back.saved != nullptr) {
-    expect_dtype("saved", call.compute_dtype, *back.saved);
-    expect_shape("saved", image, back.saved->sizes());
-    expect_cpu("saved", *back.saved);
-  }
-  if (back.weight != nullptr) {
-    expect_dtype("weight", call.compute_dtype, *back.weight);
-    expect_shape("weight", {s.num_samples, s.K, s.channels_per_group(), s.R, s.S},
-                 back.weight->sizes());
-    expect_cpu("weight", *back.weight);
-  }
-}
-
-double scalar_value(const char* name, const at::Tensor* value) {
-  if (value == nullptr) return 0.0;
-  expect_shape(name, {}, value->sizes());
-  return value->item().toDouble();
-}
-
-Tensors9 bconv2d_backward_cpu(const at::Tensor& grad_output, const OptionalTensor& grad_kl,
-                              const at::Tensor& input, const OptionalTensor& saved,
-                              const OptionalTensor& weight, const at::Tensor& weight_loc,
-                              const OptionalTensor& weight_rho, const OptionalTensor& bias_loc,
-                              const OptionalTensor& bias_rho, const at::Tensor& seed,
-                              const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                              const OptionalTensor& bias_prior_loc,
-                              const OptionalTensor& bias_prior_scale, Doubles prior, bool weight_kl,
-                              bool bias_kl, double scale_floor, at::IntArrayRef stride,
-                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                              int64_t activation, double activation_param, int64_t num_samples,
-                              bool share_input, int64_t offset_add, at::IntArrayRef element_offset,
-                              int64_t algorithm, std::array<bool, 9> output_mask) {
-  const ConvTensors tensors = {&input,
-                               &weight_loc,
-                               get_if_defined(weight_rho),
-                               get_if_defined(bias_loc),
-                               get_if_defined(bias_rho),
-                               &seed,
-                               get_if_defined(prior_loc),
-                               get_if_defined(prior_scale),
-                               get_if_defined(bias_prior_loc),
-                               get_if_defined(bias_prior_scale)};
-  const ConvCall call = make_conv_call(
-      tensors, conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding, dilation,
-                            groups, activation, activation_param, num_samples, share_input,
-                            offset_add, element_offset, algorithm));
-  const bool linear = call.activation == Activation::kLinear;
-  const ConvBackward back = {&grad_output,
-                             linear ? nullptr : get_if_defined(saved),
-                             get_if_defined(weight),
-                             output_mask[0],
-                             output_mask[1] || output_mask[2],
-                             call.has_bias() && (output_mask[3] || output_mask[4])};
-  check_backward(call, back);
-  const double kl = scalar_value("grad_kl", get_if_defined(grad_kl));
-  return weight_loc.scalar_type() == at::kDouble ? backward<double>(call, back, kl, output_mask)
-                                                 : backward<float>(call, back, kl, output_mask);
+Tensors9 backward_cpu(const ConvCall& given, const ConvBackward& back, const at::Tensor* grad_kl,
+                      const std::array<bool, 9>& mask) {
+  ConvCall call = given;
+  const WideParameters wide(&call);
+  const double kl = grad_kl == nullptr ? 0.0 : grad_kl->item().toDouble();
+  Tensors9 out = call.parameter_dtype() == at::kDouble ? backward<double>(call, back, kl, mask)
+                                                       : backward<float>(call, back, kl, mask);
+  // Each gradient in its argument's dtype.
+  std::get<1>(out) = std::get<1>(out).to(given.weight.loc->scalar_type());
+  if (call.has_bias()) std::get<3>(out) = std::get<3>(out).to(given.bias.loc->scalar_type());
+  return out;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastbconv, CPU, m) {
-  m.impl("bconv2d", bconv2d_cpu);
-  m.impl("bconv2d_backward", bconv2d_backward_cpu);
+  m.impl("bconv2d", bconv2d_entry<forward_cpu>);
+  m.impl("bconv2d_backward", bconv2d_backward_entry<backward_cpu>);
 }
 
 }  // namespace fbc

@@ -1,4 +1,5 @@
-// sample_posterior, kl_normal, standard_normal and philox4x32_10 under the CPU key.
+// sample_posterior, kl_normal, standard_normal and philox4x32_10 under the CPU key; the list of
+// posteriors is in cpu_posterior_list.cpp.
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -7,8 +8,8 @@
 #include <vector>
 
 #include "../core/philox.h"
+#include "posterior_call.h"
 #include "posterior_pass.h"
-#include "signatures.h"
 
 namespace fbc {
 
@@ -63,62 +64,9 @@ at::Tensor reduce_to_prior(const at::Tensor& full, const at::Tensor& prior) {
 
 namespace {
 
-// Weights of three spatial dimensions keep their element numbers when two of them are merged.
-at::Tensor merge_taps(const at::Tensor& parameter, at::IntArrayRef sizes) {
-  const at::Tensor full = parameter.expand(sizes);
-  return full.reshape({sizes[0], sizes[1], -1, sizes.back()});
-}
-OptionalTensor merge_taps(const OptionalTensor& parameter, at::IntArrayRef sizes) {
-  const at::Tensor* tensor = get_if_defined(parameter);
-  return tensor == nullptr ? OptionalTensor() : OptionalTensor(merge_taps(*tensor, sizes));
-}
-
-// The result points into the arguments. rho comes as a pointer: as an OptionalTensor a plain tensor
-// would be copied into a temporary that is gone on return.
-PosteriorTensors posterior_tensors(const at::Tensor& loc, const at::Tensor* rho,
-                                   const OptionalTensor& prior_loc,
-                                   const OptionalTensor& prior_scale, Doubles prior,
-                                   double scale_floor) {
-  expect_defined("loc", loc);
-  expect_length("prior", 2, prior.size());
-  PosteriorTensors t = {};
-  t.loc = &loc;
-  t.rho = rho;
-  t.prior_loc = get_if_defined(prior_loc);
-  t.prior_scale = get_if_defined(prior_scale);
-  t.prior_loc_value = prior[0];
-  t.prior_scale_value = prior[1];
-  t.scale_floor = scale_floor;
-  check_posterior(t, "loc", "rho", "prior_loc", "prior_scale");
-  return t;
-}
-
-Stream checked_stream(int64_t stream) {
-  TORCH_CHECK_VALUE(stream >= 0 && stream < 16, "stream: expected a number from 0 to 15, got ",
-                    stream);
-  return static_cast<Stream>(stream);
-}
-
-void set_noise(PosteriorTensors* t, const at::Tensor& seed, int64_t stream, int64_t offset_add,
-               int64_t element_offset) {
-  expect_seed(seed);
-  TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ",
-                    element_offset);
-  t->noise = noise_key(seed, offset_add);
-  t->stream = checked_stream(stream);
-  t->element_offset = element_offset;
-}
-
-std::vector<int64_t> sample_sizes(const at::Tensor& loc, int64_t num_samples) {
-  expect_in_range("num_samples", 1, num_samples);
-  std::vector<int64_t> sizes = {num_samples};
-  sizes.insert(sizes.end(), loc.sizes().begin(), loc.sizes().end());
-  return sizes;
-}
-
 template <typename T>
 double draw_all(const PosteriorTensors& t, const at::Tensor& sample, bool with_kl) {
-  const auto p = posterior_params<T>(t);
+  const auto p = host_posterior_params<T>(t);
   double kl = 0.0;
   if (t.loc->numel() == 0) return kl;
   for (int64_t s = 0; s < sample.size(0); ++s) {
@@ -148,15 +96,10 @@ Tensors2 sample_posterior_cpu(const at::Tensor& loc, const OptionalTensor& rho,
         scale_floor, stream, num_samples, offset_add, element_offset, dtype);
     return {sample.reshape(sizes), kl};
   }
-  const at::ScalarType type = dtype.value_or(loc.scalar_type());
-  const bool is_double = loc.scalar_type() == at::kDouble;
-  TORCH_CHECK_TYPE(is_double ? type == at::kDouble
-                             : type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
-                   "dtype: expected ", is_double ? "float64" : "float32, bfloat16 or float16",
-                   " for a parameter of ", loc.scalar_type(), ", got ", type);
+  const at::ScalarType type = checked_sample_dtype(loc, dtype);
   const at::Tensor sample = at::empty(sizes, loc.options().dtype(type));
-  const double kl =
-      is_double ? draw_all<double>(t, sample, with_kl) : draw_all<float>(t, sample, with_kl);
+  const double kl = loc.scalar_type() == at::kDouble ? draw_all<double>(t, sample, with_kl)
+                                                     : draw_all<float>(t, sample, with_kl);
   return {sample, scalar_like(loc, kl)};
 }
 
@@ -167,9 +110,9 @@ Tensors4 backward_all(const PosteriorTensors& t, const at::Tensor* grad_sample, 
   if (grad_sample != nullptr && t.loc->numel() > 0) {
     const at::Tensor grad = grad_sample->to(t.loc->scalar_type());
     binder.set_grad_sample(grad);
-    binder.run(posterior_params<T>(t));
+    binder.run(host_posterior_params<T>(t));
   } else {
-    binder.run(posterior_params<T>(t));
+    binder.run(host_posterior_params<T>(t));
   }
   const PosteriorGradients g = binder.finish();
   return {g.loc, g.rho, g.prior_loc, g.prior_scale};
@@ -184,13 +127,6 @@ Tensors4 backward_of_dtype(const PosteriorTensors& t, const at::Tensor* grad_sam
   }
   return t.loc->scalar_type() == at::kDouble ? backward_all<double>(t, grad_sample, by_kl, mask)
                                              : backward_all<float>(t, grad_sample, by_kl, mask);
-}
-
-// A gradient of the merged view, in the shape and strides of its parameter.
-at::Tensor split_taps(const at::Tensor& grad, const OptionalTensor& parameter) {
-  const at::Tensor* like = get_if_defined(parameter);
-  if (like == nullptr || grad.dim() != 4) return grad;
-  return at::empty_like(*like).copy_(grad.reshape(like->sizes()));
 }
 
 at::Tensor split_prior_taps(const at::Tensor& grad, const OptionalTensor& prior,
@@ -218,7 +154,7 @@ Tensors4 sample_posterior_backward_cpu(
       merged_grad, grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), seed,
       merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, scale_floor,
       stream, num_samples, offset_add, element_offset, mask);
-  return {split_taps(g_loc, loc), split_taps(g_rho, rho),
+  return {split_taps(g_loc, &loc), split_taps(g_rho, get_if_defined(rho)),
           split_prior_taps(g_prior_loc, prior_loc, loc.sizes()),
           split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
 }
@@ -234,8 +170,9 @@ at::Tensor kl_normal_cpu(const at::Tensor& loc, const at::Tensor& rho,
                          prior, scale_floor);
   }
   if (loc.numel() == 0) return scalar_like(loc, 0.0);
-  const double kl = loc.scalar_type() == at::kDouble ? kl_divergence(posterior_params<double>(t))
-                                                     : kl_divergence(posterior_params<float>(t));
+  const double kl = loc.scalar_type() == at::kDouble
+                        ? kl_divergence(host_posterior_params<double>(t))
+                        : kl_divergence(host_posterior_params<float>(t));
   return scalar_like(loc, kl);
 }
 
@@ -251,14 +188,14 @@ Tensors4 kl_normal_backward_cpu(const at::Tensor& grad_kl, const at::Tensor& loc
       kl_normal_backward_cpu(grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
                              merge_taps(prior_loc, loc.sizes()),
                              merge_taps(prior_scale, loc.sizes()), prior, scale_floor, mask);
-  return {split_taps(g_loc, loc), split_taps(g_rho, rho),
+  return {split_taps(g_loc, &loc), split_taps(g_rho, &rho),
           split_prior_taps(g_prior_loc, prior_loc, loc.sizes()),
           split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
 }
 
 at::Tensor standard_normal_cpu(const at::Tensor& seed, int64_t numel, int64_t stream,
                                int64_t sample, int64_t element_offset) {
-  expect_seed(seed);
+  expect_seed(seed.device(), seed);
   TORCH_CHECK_VALUE(numel >= 0, "numel: expected a value of at least 0, got ", numel);
   TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ",
                     element_offset);
@@ -281,18 +218,7 @@ uint32_t checked_word(const char* name, int64_t value) {
 }
 
 at::Tensor philox4x32_10_cpu(const at::Tensor& counter, const at::Tensor& key) {
-  for (const auto& [name, tensor, words] :
-       {std::tuple<const char*, const at::Tensor*, int64_t>("counter", &counter, 4),
-        {"key", &key, 2}}) {
-    expect_defined(name, *tensor);
-    expect_dtype(name, at::kLong, *tensor);
-    expect_cpu(name, *tensor);
-    TORCH_CHECK_VALUE(tensor->dim() > 0 && tensor->size(-1) == words, name, ": expected ", words,
-                      " words in the last dimension, got shape ", tensor->sizes());
-  }
-  const at::IntArrayRef batch = counter.sizes().slice(0, counter.dim() - 1);
-  TORCH_CHECK_VALUE(key.sizes().slice(0, key.dim() - 1) == batch, "key: expected shape ", batch,
-                    " before its last dimension, as counter, got ", key.sizes());
+  check_philox(counter, key);
   const at::Tensor counters = counter.contiguous(), keys = key.contiguous();
   at::Tensor out = at::empty(counters.sizes(), counters.options());
   const int64_t* c = counters.const_data_ptr<int64_t>();

@@ -27,7 +27,7 @@ bool can_use_as_is(const ConvCall& call, const ConvBackward& back) {
 
 template <typename T>
 at::Tensor draw_bias(const ConvCall& call, double* kl) {
-  const auto p = posterior_params<T>(call.bias);
+  const auto p = host_posterior_params<T>(call.bias);
   at::Tensor drawn = at::empty({call.shape.num_samples, call.shape.K}, call.bias.loc->options());
   for (int64_t s = 0; s < call.shape.num_samples; ++s) {
     T* row = drawn.mutable_data_ptr<T>() + s * call.shape.K;
@@ -39,7 +39,7 @@ at::Tensor draw_bias(const ConvCall& call, double* kl) {
 template <typename T>
 void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out) {
   const auto& table = methods<T>(method);
-  const auto p = posterior_params<T>(call.weight);
+  const auto p = host_posterior_params<T>(call.weight);
   out->output = empty_output(call);
   FpropParams f = {};
   at::Tensor bias;
@@ -120,7 +120,7 @@ void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad
   d.grad_input_stride = image_strides(grad_input);
   const Parallel parallel = parallel_loop();
   const at::Tensor scratch = workspace(table.dgrad_workspace(d, parallel.threads));
-  table.dgrad(d, posterior_params<T>(call.weight), parallel, scratch.mutable_data_ptr());
+  table.dgrad(d, host_posterior_params<T>(call.weight), parallel, scratch.mutable_data_ptr());
 }
 
 template <typename T>
@@ -135,7 +135,8 @@ void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad
   w.grad = grad.const_data_ptr();
   const Parallel parallel = parallel_loop();
   const at::Tensor scratch = workspace(table.wgrad_workspace(w, parallel.threads));
-  table.wgrad(w, posterior_params<T>(call.weight), grads, parallel, scratch.mutable_data_ptr());
+  table.wgrad(w, host_posterior_params<T>(call.weight), grads, parallel,
+              scratch.mutable_data_ptr());
 }
 
 template at::Tensor draw_bias<float>(const ConvCall&, double*);

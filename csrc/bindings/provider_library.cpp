@@ -101,7 +101,7 @@ at::Tensor with_canonical_strides(const at::Tensor& tensor, at::ScalarType dtype
 template <typename T>
 void forward_library(const ConvCall& call, ConvOutputs* out) {
   const ConvShape& s = call.shape;
-  const auto p = posterior_params<T>(call.weight);
+  const auto p = host_posterior_params<T>(call.weight);
   const at::Tensor input = prepare_input(call, *call.input);
   at::Tensor biases;
   if (call.has_bias()) {
@@ -191,7 +191,7 @@ template <typename T>
 LibraryGradients backward_library(const ConvCall& call, const ConvBackward& back,
                                   const at::Tensor& grad) {
   const ConvShape& s = call.shape;
-  const auto p = posterior_params<T>(call.weight);
+  const auto p = host_posterior_params<T>(call.weight);
   const at::Tensor input = prepare_input(call, *call.input);
   const at::Tensor grad_z = grad.to(arithmetic_dtype(call));
   const std::array<bool, 3> wanted = {back.wants_input, back.wants_weight, back.wants_bias};

@@ -1,5 +1,5 @@
-// Every operator of the library on one page. The schemas are frozen: later work registers kernels
-// for more keys and algorithms, it does not change a line here. fastbconv/ops.py quotes them, with
+// Every operator of the library on one page. The schemas are frozen: later work adds operators, and
+// kernels for more keys and algorithms; it does not change a line that is here. fastbconv/ops.py quotes them, with
 // what each argument means.
 #include <torch/library.h>
 
@@ -40,6 +40,18 @@ TORCH_LIBRARY(fastbconv, m) {
       "-> (Tensor grad_loc, Tensor grad_rho, Tensor grad_prior_loc, Tensor grad_prior_scale)");
 
   m.def(
+      "sample_posterior_list(Tensor[] loc, Tensor[] rho, Tensor seed, Tensor?[] prior_loc, "
+      "Tensor?[] prior_scale, *, float[] prior, bool[] with_kl, float scale_floor, int[] stream, "
+      "int offset_add, int[] element_offset, bool[] cast, ScalarType? dtype) "
+      "-> (Tensor[] sample, Tensor kl)");
+
+  m.def(
+      "sample_posterior_list_backward(Tensor?[] grad_sample, Tensor? grad_kl, Tensor[] loc, "
+      "Tensor[] rho, Tensor seed, Tensor?[] prior_loc, Tensor?[] prior_scale, *, float[] prior, "
+      "float scale_floor, int[] stream, int offset_add, int[] element_offset, bool[] output_mask) "
+      "-> Tensor[]");
+
+  m.def(
       "kl_normal(Tensor loc, Tensor rho, Tensor? prior_loc, Tensor? prior_scale, *, "
       "float[] prior, float scale_floor) -> Tensor");
 
@@ -51,6 +63,8 @@ TORCH_LIBRARY(fastbconv, m) {
   m.def(
       "standard_normal(Tensor seed, SymInt numel, *, int stream, int sample, int element_offset) "
       "-> Tensor");
+
+  m.def("derive_seeds(Tensor seed, int first, int count) -> Tensor");
 
   m.def("philox4x32_10(Tensor counter, Tensor key) -> Tensor");
 }

@@ -2,6 +2,7 @@
 // one struct. schema.cpp quotes the schemas themselves.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 
@@ -17,6 +18,7 @@ using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Tensors9 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                             at::Tensor, at::Tensor, at::Tensor>;
 using Doubles = c10::ArrayRef<double>;
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 using Bconv2dSignature = Tensors4(
     const at::Tensor& input, const at::Tensor& weight_loc, const OptionalTensor& weight_rho,
@@ -54,6 +56,19 @@ using SamplePosteriorBackwardSignature =
              const OptionalTensor& prior_loc, const OptionalTensor& prior_scale, Doubles prior,
              double scale_floor, int64_t stream, int64_t num_samples, int64_t offset_add,
              int64_t element_offset, std::array<bool, 4> output_mask);
+
+using SampleListResult = std::tuple<std::vector<at::Tensor>, at::Tensor>;
+using SampleListSignature = SampleListResult(
+    at::TensorList loc, at::TensorList rho, const at::Tensor& seed,
+    const OptionalTensors& prior_loc, const OptionalTensors& prior_scale, Doubles prior,
+    c10::List<bool> with_kl, double scale_floor, at::IntArrayRef stream, int64_t offset_add,
+    at::IntArrayRef element_offset, c10::List<bool> cast, std::optional<at::ScalarType> dtype);
+
+using SampleListBackwardSignature = std::vector<at::Tensor>(
+    const OptionalTensors& grad_sample, const OptionalTensor& grad_kl, at::TensorList loc,
+    at::TensorList rho, const at::Tensor& seed, const OptionalTensors& prior_loc,
+    const OptionalTensors& prior_scale, Doubles prior, double scale_floor, at::IntArrayRef stream,
+    int64_t offset_add, at::IntArrayRef element_offset, c10::List<bool> output_mask);
 
 using KlNormalSignature = at::Tensor(const at::Tensor& loc, const at::Tensor& rho,
                                      const OptionalTensor& prior_loc,

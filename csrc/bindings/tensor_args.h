@@ -12,8 +12,9 @@
 
 namespace fbc {
 
-// The tensor, with huge-page advice for its memory: for results and scratch that are fresh.
+// The tensor, with huge-page advice for host memory: for results and scratch that are fresh.
 inline at::Tensor advised(at::Tensor tensor) {
+  if (!tensor.is_cpu()) return tensor;
   advise_huge_pages(tensor.mutable_data_ptr(), static_cast<int64_t>(tensor.nbytes()));
   return tensor;
 }
@@ -28,6 +29,7 @@ inline Dtype dtype_of(at::ScalarType type) {
   }
 }
 
+// Reads the seed, which must be in host memory.
 inline NoiseKey noise_key(const at::Tensor& seed, int64_t add) {
   const int64_t* data = seed.const_data_ptr<int64_t>();
   const int64_t second = seed.stride(0);
@@ -79,17 +81,23 @@ struct PosteriorTensors {
   const at::Tensor* prior_scale;
   double prior_loc_value, prior_scale_value;
   double scale_floor;
-  NoiseKey noise;
+  const at::Tensor* seed;
+  int64_t offset_add;
   Stream stream;
   int64_t element_offset;
+
+  // Of rho, the priors and the KL. loc may be 16-bit: a sample that was rounded before.
+  at::ScalarType dtype() const {
+    return loc->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  }
 };
 
-inline void check_posterior(const PosteriorTensors& t, const char* loc, const char* rho,
-                            const char* prior_loc, const char* prior_scale) {
-  expect_parameter(loc, *t.loc);
+// The caller has checked the dtype of loc.
+inline void check_posterior(const PosteriorTensors& t, const char* rho, const char* prior_loc,
+                            const char* prior_scale) {
   expect_like(rho, *t.loc, t.rho);
-  expect_broadcastable(prior_loc, *t.loc, t.prior_loc);
-  expect_broadcastable(prior_scale, *t.loc, t.prior_scale);
+  expect_broadcastable(prior_loc, *t.loc, t.dtype(), t.prior_loc);
+  expect_broadcastable(prior_scale, *t.loc, t.dtype(), t.prior_scale);
   TORCH_CHECK_VALUE(t.prior_scale != nullptr || t.prior_scale_value > 0, prior_scale,
                     ": expected a positive scale, got ", t.prior_scale_value);
   TORCH_CHECK_VALUE(t.scale_floor >= 0, "scale_floor: expected a value of at least 0, got ",
@@ -98,6 +106,7 @@ inline void check_posterior(const PosteriorTensors& t, const char* loc, const ch
                     t.element_offset);
 }
 
+// Without the values of the seed: noise holds what is added to its offset. loc is T.
 template <typename T>
 PosteriorParams<T> posterior_params(const PosteriorTensors& t) {
   const PosteriorExtents extents = posterior_extents(t.loc->sizes());
@@ -118,9 +127,17 @@ PosteriorParams<T> posterior_params(const PosteriorTensors& t) {
   p.prior_loc_value = static_cast<T>(t.prior_loc_value);
   p.prior_scale_value = static_cast<T>(t.prior_scale_value);
   p.scale_floor = static_cast<T>(t.scale_floor);
-  p.noise = t.noise;
+  p.noise = {0, static_cast<uint64_t>(t.offset_add)};
   p.stream = t.stream;
   p.element_offset = static_cast<uint64_t>(t.element_offset);
+  return p;
+}
+
+// The same with the seed read: for kernels of the CPU.
+template <typename T>
+PosteriorParams<T> host_posterior_params(const PosteriorTensors& t) {
+  PosteriorParams<T> p = posterior_params<T>(t);
+  if (t.seed != nullptr) p.noise = noise_key(*t.seed, t.offset_add);
   return p;
 }
 

@@ -93,4 +93,11 @@ FBC_INLINE float standard_normal(NoiseKey noise, Stream stream, uint64_t element
   return (element & 1u) ? z.sine : z.cosine;
 }
 
+// An independent child: the four words of block `index` in the derive stream.
+FBC_INLINE NoiseKey derive_seed(NoiseKey parent, uint64_t index) {
+  const PhiloxWords w = noise_words(parent, Stream::kDerive, index);
+  return {w.word[0] | (static_cast<uint64_t>(w.word[1]) << 32),
+          w.word[2] | (static_cast<uint64_t>(w.word[3]) << 32)};
+}
+
 }  // namespace fbc
