@@ -3,6 +3,7 @@
 from . import activations, functional, noise, regularizers
 from ._native import FastbconvBuildError, build_info
 from ._version import __version__
+from .grouped import grouped
 from .kl import ScaleMixture
 from .layers.conv import BayesConv2d
 from .layers.linear import BayesLinear
@@ -51,6 +52,7 @@ __all__ = [
     "explain",
     "fixed_sample",
     "functional",
+    "grouped",
     "kl_loss",
     "losses",
     "mean_weights",

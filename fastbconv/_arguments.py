@@ -123,6 +123,14 @@ def device(name: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name}: expected device {like.device} of the input, got {value.device}")
 
 
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """What a convolution of ``input`` computes in: its own dtype, or that of autocast."""
+    device = input.device.type
+    if input.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return input.dtype
+    return torch.get_autocast_dtype(device)
+
+
 class _Warned:
     low_precision = False
 
@@ -134,6 +142,11 @@ def wide_parameter(value: Tensor) -> Tensor:
     if value.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _warn_low_precision(value.dtype)
     return value.to(torch.float32)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter in the operators: float64 or float32."""
+    return torch.float32 if dtype in LOW_PRECISION else dtype
 
 
 def _warn_low_precision(dtype: torch.dtype) -> None:
@@ -272,7 +285,7 @@ def _check_bias(
         return
     posterior("bias", bias, bias_rho, input)
     shape("bias", bias, (weight.shape[0],))
-    if bias.dtype != weight.dtype:
+    if bias.dtype != wide_dtype(weight.dtype) and bias.dtype != weight.dtype:
         raise TypeError(f"bias: expected {weight.dtype} of the weight, got {bias.dtype}")
 
 

@@ -31,9 +31,7 @@ def run(
     element_offset = _arguments.element_offsets(element_offset)
     if not share_input:
         _arguments.rows(input, num_samples)
-    weight, weight_rho, bias, bias_rho = (
-        None if value is None else _arguments.wide_parameter(value) for value in posterior
-    )
+    weight, weight_rho, bias, bias_rho = _parameters(input, posterior)
     _arguments.dtypes(input, "weight", weight)
     noisy = weight_rho is not None or (bias is not None and bias_rho is not None)
     seed, offset_add = _seed(source, noisy, input.device)
@@ -76,6 +74,17 @@ def run(
         draw = (seed, offset_add, element_offset[1], "bias", num_samples)
         total = total + monte_carlo_kl(wanted[1], bias, bias_rho, floor, draw)
     return output, total
+
+
+def _parameters(
+    input: Tensor, posterior: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+) -> list[Tensor | None]:
+    """float32 or float64; a weight without noise stays as it is where products take it so."""
+    wide = [None if value is None else _arguments.wide_parameter(value) for value in posterior[1:]]
+    weight = posterior[0]
+    if posterior[1] is not None or weight.dtype != _arguments.compute_dtype(input):
+        weight = _arguments.wide_parameter(weight)
+    return [weight, *wide]
 
 
 def monte_carlo_kl(

@@ -1,21 +1,20 @@
 """Whole models: KL, parameter groups, and contexts that set every Bayesian layer at once.
 
-The contexts touch one plain attribute of each layer and put the former value back, in the reverse
-order and also after an exception, so that they nest.
+The contexts touch one plain attribute of each layer, and leave what others have put there, also
+after an exception: they nest, and end in any order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import noise
-from .contexts import KlCollector, LayerContext
+from .contexts import KlCollector, installed
 
 
 def bayesian_layers(model: nn.Module) -> list[nn.Module]:
@@ -124,11 +123,8 @@ def collect_kl(model: nn.Module) -> Iterator[KlCollector]:
     """
     layers = bayesian_layers(model)
     collector = KlCollector(like=next(iter(model.parameters()), None))
-    contexts = [
-        replace(_context(layer), sinks=(*_context(layer).sinks, (collector, position)))
-        for position, layer in enumerate(layers)
-    ]
-    with _installed(layers, contexts):
+    sinks = [{"sinks": ((collector, position),)} for position in range(len(layers))]
+    with installed(layers, sinks):
         yield collector
 
 
@@ -139,26 +135,39 @@ def fixed_sample(model: nn.Module, seed: int | Tensor) -> Iterator[None]:
     l is the position among the distinct Bayesian modules of ``model.modules()``. A layer that runs
     twice uses the same weights. Seeds given to a layer directly come first.
 
+    Activation checkpointing runs layers again: ``backward()`` belongs into the block. Outside of it
+    ``use_reentrant=False`` raises, and ``use_reentrant=True`` silently uses other weights.
+
     Args:
         model: any module.
         seed: int or int64 tensor (2,).
     """
     layers = bayesian_layers(model)
-    parent = noise.seed_tensor(seed)
-    contexts = [
-        replace(_context(layer), mode="seed", seed=noise.derive(parent, position))
-        for position, layer in enumerate(layers)
-    ]
-    with _installed(layers, contexts):
+    with installed(layers, seeds_of_layers(layers, seed)):
         yield
+
+
+def seeds_of_layers(layers: Sequence[nn.Module], seed: int | Tensor) -> list[dict[str, Any]]:
+    """Layer l's own seed as a context sets it: on the layer's device, so that no call moves it."""
+    parents: dict[torch.device, Sequence[Tensor]] = {}
+    settings: list[dict[str, Any]] = []
+    for position, layer in enumerate(layers):
+        device, _ = _placement(layer)
+        if device not in parents:
+            parent = noise.seed_tensor(seed, None if device.type == "meta" else device)
+            parents[device] = noise.derive_range(parent, 0, len(layers)).unbind()
+        settings.append({"mode": "seed", "seed": parents[device][position]})
+    return settings
 
 
 @contextmanager
 def mean_weights(model: nn.Module) -> Iterator[None]:
-    """Every call inside uses the posterior means: no noise is drawn."""
+    """Every call inside uses the posterior means: no noise is drawn.
+
+    With activation checkpointing ``backward()`` belongs into the block, as with ``fixed_sample``.
+    """
     layers = bayesian_layers(model)
-    contexts = [replace(_context(layer), mode="mean", seed=None) for layer in layers]
-    with _installed(layers, contexts):
+    with installed(layers, [{"mode": "mean", "seed": None}] * len(layers)):
         yield
 
 
@@ -205,22 +214,6 @@ def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
         if parameter.dtype.is_floating_point:
             return parameter.device, parameter.dtype
     return torch.device("cpu"), torch.get_default_dtype()
-
-
-def _context(layer: nn.Module) -> LayerContext:
-    return getattr(layer, "_fb_context", None) or LayerContext()
-
-
-@contextmanager
-def _installed(layers: list[nn.Module], contexts: list[LayerContext]) -> Iterator[None]:
-    former = [getattr(layer, "_fb_context", None) for layer in layers]
-    try:
-        for layer, context in zip(layers, contexts, strict=True):
-            layer._fb_context = context
-        yield
-    finally:
-        for layer, context in zip(layers, former, strict=True):
-            layer._fb_context = context
 
 
 def _sum(terms: list[Tensor], model: nn.Module) -> Tensor:

@@ -84,7 +84,12 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) ->
         )
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"seed: expected an integer of at most 64 bits, got {seed}")
-    return torch.tensor([_as_int64(seed), 0], dtype=torch.int64, device=device)
+    if device is None or torch.device(device).type == "cpu":
+        return torch.tensor([_as_int64(seed), 0], dtype=torch.int64)
+    # A copy from the host would wait for the device, and cannot be captured in a graph.
+    tensor = torch.zeros(2, dtype=torch.int64, device=device)
+    tensor[:1].fill_(_as_int64(seed))
+    return tensor
 
 
 def draw_seed(
@@ -125,9 +130,33 @@ def derive(seed: int | Tensor, index: int) -> Tensor:
     if isinstance(index, int) and index < 0:
         raise ValueError(f"index: expected a non-negative integer, got {index}")
     parent = seed_tensor(seed)
+    if isinstance(index, int):
+        return derive_range(parent, index, 1)[0]
     block = torch.as_tensor(index, dtype=torch.int64, device=parent.device)
+    return _children(parent, block)
+
+
+def derive_range(seed: int | Tensor, first: int, count: int) -> Tensor:
+    """The children ``first`` to ``first + count`` of a seed, as ``derive`` gives them: (count, 2).
+
+    One launch on a device that the native library serves.
+    """
+    parent = seed_tensor(seed)
+    native = _native_ops(parent.device)
+    if native is None or not hasattr(native, "derive_seeds"):
+        return mirror_derive_seeds(parent, first, count)
+    return native.derive_seeds(parent, first, count)
+
+
+def mirror_derive_seeds(seed: Tensor, first: int, count: int) -> Tensor:
+    """derive_range in plain PyTorch."""
+    block = torch.arange(first, first + count, dtype=torch.int64, device=seed.device)
+    return _children(seed, block)
+
+
+def _children(parent: Tensor, block: Tensor) -> Tensor:
     word = _noise_words(parent, block, STREAMS["derive"], 0)
-    return torch.stack((word[0] | (word[1] << 32), word[2] | (word[3] << 32)))
+    return torch.stack((word[0] | (word[1] << 32), word[2] | (word[3] << 32)), dim=-1)
 
 
 class _Group:

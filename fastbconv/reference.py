@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,100 @@ def sample_posterior(
     return torch.stack(draws).to(loc.dtype if dtype is None else dtype), total
 
 
+def sample_posterior_list(
+    loc: Sequence[Tensor],
+    rho: Sequence[Tensor],
+    seed: Tensor,
+    prior_loc: Sequence[Tensor | None],
+    prior_scale: Sequence[Tensor | None],
+    *,
+    prior: Sequence[float],
+    with_kl: Sequence[bool],
+    scale_floor: float,
+    stream: Sequence[int],
+    offset_add: int,
+    element_offset: Sequence[int],
+    cast: Sequence[bool],
+    dtype: torch.dtype | None,
+) -> tuple[list[Tensor], Tensor]:
+    """One draw of each of n posteriors, four-dimensional ones in KRSC memory, and their n KLs."""
+    samples, terms = [], []
+    for i, mean in enumerate(loc):
+        draw, kl_term = sample_posterior(
+            mean,
+            rho[i],
+            seed[i],
+            prior_loc[i],
+            prior_scale[i],
+            prior=prior[2 * i : 2 * i + 2],
+            with_kl=with_kl[i],
+            scale_floor=scale_floor,
+            stream=stream[i],
+            num_samples=1,
+            offset_add=offset_add,
+            element_offset=element_offset[i],
+            dtype=dtype if cast[i] else None,
+        )
+        layout = torch.channels_last if mean.ndim == 4 else torch.contiguous_format
+        samples.append(draw[0].contiguous(memory_format=layout))
+        terms.append(kl_term)
+    return samples, torch.stack(terms)
+
+
+def sample_posterior_list_backward(
+    grad_sample: Sequence[Tensor | None],
+    grad_kl: Tensor | None,
+    loc: Sequence[Tensor],
+    rho: Sequence[Tensor],
+    seed: Tensor,
+    prior_loc: Sequence[Tensor | None],
+    prior_scale: Sequence[Tensor | None],
+    *,
+    output_mask: Sequence[bool],
+    **options: Any,
+) -> list[Tensor]:
+    """Gradients by all loc, all rho, and the priors' loc and scale: 4n, (0,) where not wanted."""
+    n = len(loc)
+    tensors = [
+        None if tensor is None else tensor.detach().requires_grad_(wanted)
+        for tensor, wanted in zip(
+            (*loc, *rho, *prior_loc, *prior_scale), output_mask, strict=True
+        )
+    ]
+    with torch.enable_grad():
+        samples, kls = sample_posterior_list(
+            tensors[:n],
+            tensors[n : 2 * n],
+            seed,
+            tensors[2 * n : 3 * n],
+            tensors[3 * n :],
+            with_kl=[grad_kl is not None] * n,
+            cast=[False] * n,  # rounding lets gradients pass
+            dtype=None,
+            **options,
+        )
+        results = [(s, g.to(s.dtype)) for s, g in zip(samples, grad_sample, strict=True) if g is not None]
+        results += [] if grad_kl is None else [(kls, grad_kl)]
+        wanted = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+        results = [(value, grad) for value, grad in results if value.requires_grad]
+        made = iter(
+            torch.autograd.grad(
+                [value for value, _ in results],
+                wanted,
+                [grad for _, grad in results],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+    empty = loc[0].new_empty((0,))
+    return [next(made) if mask else empty for mask in output_mask]
+
+
+def derive_seeds(seed: Tensor, first: int, count: int) -> Tensor:
+    """Child seeds ``first`` to ``first + count``: (count, 2)."""
+    return noise.mirror_derive_seeds(seed, first, count)
+
+
 def bconv2d(
     input: Tensor,
     weight_loc: Tensor,
@@ -122,7 +217,7 @@ def bconv2d(
         for s, part in enumerate(rows):
             at = offset_add + s
             weight = _draw(weight_loc, weight_rho, seed, scale_floor, 0, at, element_offset[0])
-            weight = _round(weight, x.dtype)
+            weight = _round(weight, x.dtype).to(wide)
             bias = None
             if bias_loc is not None:
                 bias = _draw(bias_loc, bias_rho, seed, scale_floor, 1, at, element_offset[1])

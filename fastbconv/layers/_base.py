@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastbconv import _arguments, _call, activations, functional, noise
 from fastbconv import kl as _kl
-from fastbconv.contexts import LayerContext
+from fastbconv.contexts import Entry, LayerContext, Sampled
 
 EvalMode = Literal["sample", "mean"]
 ESTIMATORS = ("reparameterization",)
@@ -203,12 +203,18 @@ class BayesLayer(nn.Module):
         **arguments: Any,
     ) -> Tensor:
         """One forward pass through ``function``, under the layer's context."""
-        context = self._fb_context
-        mean = self.eval_mode == "mean" and not self.training and seed is None
-        if context is not None and seed is None:
+        context = self._fb_context if seed is None else None
+        mean = self._means_by_itself and seed is None
+        if context is not None:
             mean = mean or context.mode == "mean"
             seed, mean = (context.seed, False) if context.mode == "seed" else (seed, mean)
-        wants_kl = context is not None and context.wants_kl
+            grouped = context.group is not None and generator is None and not mean
+            if grouped and not torch.compiler.is_compiling():
+                found = context.group.take(self, input, seed, num_samples == 1)
+                if type(found) is Sampled:
+                    return self._call_sampled(function, input, found, context, arguments)
+                seed = found
+        wants_kl = self._fb_context is not None and self._fb_context.wants_kl
         returns_kl = wants_kl and not mean
         if self._samples_prior and not mean:
             # The KL of the weights in use needs the seed of this pass afterwards.
@@ -233,11 +239,49 @@ class BayesLayer(nn.Module):
             return_kl=returns_kl,
             **arguments,
         )
-        if not wants_kl:
-            return output
-        output, kl = (output, self.kl_loss()) if mean else output
-        context.record(kl)
+        if wants_kl:
+            output, kl = (output, self.kl_loss()) if mean else output
+            self._fb_context.record(kl)
+        return output if context is None else context.bind(output)
+
+    def _call_sampled(
+        self,
+        function: Any,
+        input: Tensor,
+        sampled: Sampled,
+        context: LayerContext,
+        arguments: dict[str, Any],
+    ) -> Tensor:
+        """The forward pass with weights that a group has drawn."""
+        output = function(
+            input,
+            sampled.weight,
+            None,
+            self.bias if sampled.bias is None else sampled.bias,
+            None,
+            activation=self.activation,
+            prior=None,
+            seed=sampled.seed,  # not read: without one a tensor of zeros would be made
+            **arguments,
+        )
+        if context.wants_kl:
+            context.record(self.kl_loss() if sampled.kl is None else sampled.kl)
         return output
+
+    def _group_entries(self, with_kl: bool) -> list[Entry] | None:
+        """What a group draws for this layer; None where the layer has to draw by itself."""
+        if self._means_by_itself or self._samples_prior:
+            return None
+        floor = _kl.default_scale_floor(self.weight.dtype)
+        priors = (self.prior, self._bias_prior()) if with_kl else (None, None)
+        entries = [Entry(self.weight, self.weight_rho, "weight", priors[0], floor)]
+        if self.bias_rho is not None:
+            entries.append(Entry(self.bias, self.bias_rho, "bias", priors[1], floor))
+        return entries
+
+    @property
+    def _means_by_itself(self) -> bool:
+        return self.eval_mode == "mean" and not self.training
 
     @property
     def _samples_prior(self) -> bool:
@@ -266,7 +310,9 @@ class BayesLayer(nn.Module):
 def _rank_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """A drawn seed with the offset of this rank in it."""
     seed, offset = noise.draw_seed(generator, device), noise.rank_offset()
-    return seed if offset == 0 else seed + noise.seed_tensor(offset, device).flip(0)
+    if offset:
+        seed[1:].add_(offset)  # a number, not a tensor: nothing is copied from the host
+    return seed
 
 
 def _prior_text(prior: _kl.Prior | None) -> str:

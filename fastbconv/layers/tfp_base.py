@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastbconv import activations, regularizers
-from fastbconv.contexts import LayerContext
+from fastbconv.contexts import LayerContext, Sampled
 
 from . import tfp_arguments as arguments
 from . import tfp_distributions as distributions
@@ -251,13 +251,32 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         """
         del training
         x = self._checked_input(inputs)
-        context = self._fb_context
-        mean = context is not None and context.mode == "mean" and seed is None
-        if context is not None and context.mode == "seed" and seed is None:
-            seed = context.seed
+        context = self._fb_context if seed is None else None
+        mean = context is not None and context.mode == "mean"
+        found: Sampled | Tensor | None = seed
+        if context is not None and context.mode == "seed":
+            found = context.seed
+        grouped = context is not None and context.group is not None and not mean
+        if grouped and not torch.compiler.is_compiling():
+            found = context.group.take(self, x, found, True)
         held: dict[str, Tensor] = {}
-        posteriors, draw = self._draw_posteriors(seed, mean, x.device, held)
-        wants_kl = context is not None and context.wants_kl
+        if type(found) is Sampled:
+            posteriors, draw = self._posteriors_of(found), found.seed
+        else:
+            posteriors, draw = self._draw_posteriors(found, mean, x.device, held)
+        output, total, priors = self._apply(x, posteriors, draw)
+        self._remember(inputs, output, draw, mean, held)
+        if total is not None:
+            if type(found) is Sampled and found.kl is not None:
+                total, priors = found.kl, dict.fromkeys(found.kl_parts, True)
+            self._fb_context.record(self._with_other_divergences(total, priors))
+        return output if context is None else context.bind(output)
+
+    def _apply(
+        self, x: Tensor, posteriors: dict[Part, Posterior], draw: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, dict[Part, Any]]:
+        """Output, and the KL that the pass sums where a collector waits for it, with its priors."""
+        wants_kl = self._fb_context is not None and self._fb_context.wants_kl
         priors = {
             part: self._closed_prior(part)
             for part, (_, rho) in posteriors.items()
@@ -278,10 +297,7 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         output, total = result if wants_kl else (result, None)
         if resolved.fn is not None:
             output = resolved.fn(output)
-        self._remember(inputs, output, draw, mean, held)
-        if wants_kl:
-            context.record(self._with_other_divergences(total, priors))
-        return output
+        return output, total, priors
 
     @property
     def _activation_spec(self) -> Any:

@@ -8,6 +8,7 @@ copied with a layer or written with it.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class LossBook(nn.Module):
         rho = to_operator(getattr(self, f"{part}_posterior_untransformed_scale"))
         return functional.kl_normal(loc, rho, prior, scale_floor=torch.finfo(loc.dtype).eps)
 
-    def _with_other_divergences(self, total: Tensor, closed: dict[Part, Any]) -> Tensor:
+    def _with_other_divergences(self, total: Tensor, closed: Mapping[str, Any]) -> Tensor:
         """The KL of the fused pass plus the divergences that it does not contain."""
         for part in PARTS:
             if closed.get(part) is None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbconv import functional, noise
+from fastbconv.contexts import Entry, Sampled
+from fastbconv.kl import NormalPrior
 
 from . import tfp_arguments as arguments
 from . import tfp_distributions as distributions
@@ -99,6 +101,35 @@ class Sampler(nn.Module):
         if fixed or getattr(self, _POSTERIOR_FN[part]).is_singular:
             return loc, None
         return loc, getattr(self, rho_name)
+
+    def _group_entries(self, with_kl: bool) -> list[Entry] | None:
+        """What a group draws for this layer; None where the layer has to draw by itself."""
+        if not self.built:
+            return None
+        entries = []
+        for part in PARTS:
+            if getattr(self, _POSTERIOR_FN[part]) is None:
+                continue
+            if not self._is_built_in(part):
+                return None
+            loc, rho = self._built_in_posterior(part, False)
+            if rho is None and part == "kernel":
+                return None
+            if rho is not None:
+                closed = self._closed_prior(part) if with_kl else None
+                prior = None if closed is None else NormalPrior(*closed)
+                floor = torch.finfo(loc.dtype).eps
+                entries.append(Entry(to_operator(loc), to_operator(rho), part, prior, floor))
+        return entries
+
+    def _posteriors_of(self, sampled: Sampled) -> dict[Part, Posterior]:
+        """What a group has drawn, in the form of ``_draw_posteriors``."""
+        posteriors: dict[Part, Posterior] = {"kernel": (from_operator(sampled.weight), None)}
+        if self.bias_posterior_fn is not None:
+            bias = sampled.bias
+            fixed = self._built_in_posterior("bias", False)
+            posteriors["bias"] = fixed if bias is None else (bias, None)
+        return posteriors
 
     def _sample_by_functions(
         self, part: Part, draw: Tensor | None, given: bool, mean: bool, held: dict[str, Tensor]
