@@ -139,6 +139,13 @@ FBC_DEVICE uint32_t take_ticket(uint32_t* counter) {
 
 // ---- host side: 0, or the cudaError_t ------------------------------------------------------------
 namespace detail {
+template <typename T>
+struct Exactly {
+  using type = T;
+};
+template <typename T>  // keeps an argument out of deduction: it converts to what the kernel takes
+using Argument = const typename Exactly<T>::type&;
+
 template <typename... Params>
 inline int set_shared_limit(void (*kernel)(Params...), size_t bytes) {
   if (bytes <= 48 * 1024) return 0;
@@ -150,7 +157,7 @@ inline int set_shared_limit(void (*kernel)(Params...), size_t bytes) {
 
 template <typename... Params>
 int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, void* stream,
-           const Params&... params) {
+           detail::Argument<Params>... params) {
   if (const int status = detail::set_shared_limit(kernel, shared_bytes)) return status;
   void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))...};
   return static_cast<int>(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid,
@@ -161,7 +168,7 @@ int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_byte
 // All blocks resident at once: for kernels whose blocks wait for one another.
 template <typename... Params>
 int launch_cooperative(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
-                       void* stream, const Params&... params) {
+                       void* stream, detail::Argument<Params>... params) {
   if (const int status = detail::set_shared_limit(kernel, shared_bytes)) return status;
   void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))...};
   return static_cast<int>(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid,

@@ -1,222 +1,276 @@
-// The names of csrc/cuda/gpu.cuh on the host interpreter (scheduler.h).
+// The names of csrc/cuda/gpu.cuh on the host interpreter (scheduler.h says what it can show).
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
-#include "core/types.h"
-#include "scheduler.h"
+#include "matrices.h"
 
 #define FBC_KERNEL(threads, blocks) inline
 #define FBC_DEVICE inline
 #define FBC_PARAM const
 #define threadIdx (::fbc::simt::block->current->index)
 #define blockIdx (::fbc::simt::block->index)
-#define blockDim (::fbc::simt::block->threads_extent)
-#define gridDim (::fbc::simt::block->grid_extent)
+#define blockDim (::fbc::simt::block->extent)
+#define gridDim (::fbc::simt::block->launch->grid)
 
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(8) float2 {
+// Kernels view memory as vectors, which device compilers allow.
+#define FBC_SIMT_ALIAS [[gnu::may_alias]]
+struct alignas(8) FBC_SIMT_ALIAS float2 {
   float x, y;
 };
-struct alignas(8) uint2 {
+struct alignas(16) FBC_SIMT_ALIAS float4 {
+  float x, y, z, w;
+};
+struct alignas(16) FBC_SIMT_ALIAS double2 {
+  double x, y;
+};
+struct alignas(8) FBC_SIMT_ALIAS int2 {
+  int x, y;
+};
+struct alignas(16) FBC_SIMT_ALIAS int4 {
+  int x, y, z, w;
+};
+struct alignas(8) FBC_SIMT_ALIAS uint2 {
   unsigned x, y;
 };
-struct alignas(16) uint4 {
+struct alignas(16) FBC_SIMT_ALIAS uint4 {
   unsigned x, y, z, w;
 };
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+#undef FBC_SIMT_ALIAS
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace fbc::gpu {
 
+using simt::here;
+using simt::Site;
+
+// ---- threads ----------------------------------------------------------------------------------
 inline unsigned char* shared() { return simt::block->shared; }
-inline void sync() { simt::barrier(); }
-inline void sync_warp() {
-  simt::collective("sync_warp", nullptr, [](void**) {});
+inline void sync(Site at = here("sync")) { simt::barrier(at); }
+
+inline void sync_warp(Site at = here("sync_warp")) {
+  simt::Warp& warp = *simt::block->current->warp;
+  char* token = &warp.token[warp.phase & 1];  // phase counts the operations of the whole warp
+  simt::before_here(token);
+  simt::collective(at, nullptr, [](void**) {});
+  simt::after_there(token);
 }
 
+// No order of memory: __shfl_xor_sync gives none.
 template <typename T>
-inline T shuffle_xor(T value, int mask) {
+inline T shuffle_xor(T value, int mask, Site at = here("shuffle_xor")) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle moves 4 or 8 bytes");
   struct Argument {
     T in, out;
     int mask;
   } a{value, T{}, mask};
-  simt::collective("shuffle_xor", &a, [](void** slot) {
+  simt::collective(at, &a, [](void** lanes) {
+    const int mask = static_cast<Argument*>(lanes[0])->mask;
     for (int i = 0; i < 32; ++i) {
-      auto* mine = static_cast<Argument*>(slot[i]);
-      mine->out = static_cast<Argument*>(slot[i ^ mine->mask])->in;
+      auto* mine = static_cast<Argument*>(lanes[i]);
+      if (mine->mask != mask || mask < 0 || mask > 31) {
+        simt::fail("lane %d has mask %d, lane 0 mask %d: want one mask, 0 to 31", i, mine->mask,
+                   mask);
+      }
+      mine->out = static_cast<Argument*>(lanes[i ^ mask])->in;
     }
   });
   return a.out;
 }
 
-inline void expect_shared(const char* operation, const void* p, size_t bytes) {
+// ---- asynchronous copies ----------------------------------------------------------------------
+inline void expect_shared(const void* p, size_t bytes) {
   const auto* at = static_cast<const unsigned char*>(p);
-  const simt::Block& b = *simt::block;
-  if (at < b.shared || at + bytes > b.shared + b.shared_bytes) {
-    simt::fail(operation, ": address outside shared memory");
+  const unsigned char* base = simt::block->shared;
+  const size_t size = simt::block->launch->shared_bytes;
+  if (at < base || at + bytes > base + size) {
+    simt::fail("%zu bytes at offset %td of %zu bytes of shared memory", bytes, at - base, size);
   }
-  if (reinterpret_cast<uintptr_t>(p) % bytes) simt::fail(operation, ": misaligned shared address");
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    simt::fail("misaligned shared address: %zu bytes at offset %td", bytes, at - base);
+  }
+}
+inline void finish_copy(simt::Copy& copy) {
+  if (copy.done) {
+    return;
+  } else if (copy.valid) {
+    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+  } else {
+    std::memset(copy.to, 0, static_cast<size_t>(copy.bytes));
+  }
+  copy.done = true;
 }
 
+// At the wait with seed 0, else there or at once; until then the destination is NaN.
 template <int kBytes>
-inline void copy_async(void* shared, const void* global, bool valid) {
+inline void copy_async(void* shared, const void* global, bool valid, Site at = here("copy_async")) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
-  expect_shared("copy_async", shared, kBytes);
-  if (valid && reinterpret_cast<uintptr_t>(global) % kBytes) {
-    simt::fail("copy_async: misaligned global address");
+  simt::Copy copy = {shared, global, kBytes, valid, false, 0};
+  bool at_once;
+  {
+    const simt::Quiet quiet;
+    simt::Thread& t = simt::enter(at);
+    expect_shared(shared, kBytes);
+    if (valid && reinterpret_cast<uintptr_t>(global) % kBytes != 0) {
+      simt::fail("misaligned global address %p: want a multiple of %d", global, kBytes);
+    }
+    copy.group = t.open_group;
+    at_once = simt::block->launch->seed != 0 && simt::block->random.below(2) == 0;
+    copy.done = at_once;
+    t.copies.push_back(copy);
   }
-  simt::block->current->open.push_back({shared, global, kBytes, valid});
+  std::memset(shared, 0xff, kBytes);
+  copy.done = false;
+  if (at_once) {
+    finish_copy(copy);
+  } else if (valid) {  // a sanitizer's report should name the line of the copy, not of the wait
+    volatile unsigned char probe = *static_cast<const unsigned char*>(global);
+    probe = static_cast<const unsigned char*>(global)[kBytes - 1];
+    (void)probe;
+  }
 }
-inline void copy_commit() {
-  simt::Thread* t = simt::block->current;
-  t->groups.push_back(std::move(t->open));
-  t->open.clear();
+inline void copy_commit(Site at = here("copy_commit")) {
+  const simt::Quiet quiet;
+  ++simt::enter(at).open_group;
 }
 template <int kPending>
-inline void copy_wait() {
-  auto& groups = simt::block->current->groups;
-  while (static_cast<int>(groups.size()) > kPending) {
-    for (const simt::Copy& c : groups.front()) {
-      if (c.valid) {
-        std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
-      } else {
-        std::memset(c.to, 0, static_cast<size_t>(c.bytes));
-      }
+inline void copy_wait(Site at = here("copy_wait")) {
+  static_assert(kPending >= 0, "a number of groups");
+  std::vector<simt::Copy>* copies;
+  size_t finished = 0;
+  {
+    const simt::Quiet quiet;
+    simt::Thread& t = simt::enter(at);
+    copies = &t.copies;
+    while (finished < copies->size() && (*copies)[finished].group + kPending < t.open_group) {
+      ++finished;
     }
-    groups.erase(groups.begin());
   }
+  for (size_t i = 0; i < finished; ++i) finish_copy((*copies)[i]);
+  const simt::Quiet quiet;
+  copies->erase(copies->begin(), copies->begin() + static_cast<std::ptrdiff_t>(finished));
 }
 
+// ---- matrices ---------------------------------------------------------------------------------
 template <bool kTransposed>
-inline void load_matrices_any(uint32_t (&r)[4], const void* row) {
-  struct Argument {
-    uint32_t* r;
-    const unsigned char* row;
-  } a{r, static_cast<const unsigned char*>(row)};
-  expect_shared("load_matrices", row, 16);
-  const char* name = kTransposed ? "load_matrices_transposed" : "load_matrices";
-  simt::collective(name, &a, [](void** slot) {
-    uint16_t matrix[4][8][8];
-    for (int l = 0; l < 32; ++l)
-      std::memcpy(matrix[l / 8][l % 8], static_cast<Argument*>(slot[l])->row, 16);
-    for (int l = 0; l < 32; ++l) {
-      const int g = l / 4, t = l % 4;
-      for (int m = 0; m < 4; ++m) {
-        const uint16_t low = kTransposed ? matrix[m][2 * t][g] : matrix[m][g][2 * t];
-        const uint16_t high = kTransposed ? matrix[m][2 * t + 1][g] : matrix[m][g][2 * t + 1];
-        static_cast<Argument*>(slot[l])->r[m] = low | static_cast<uint32_t>(high) << 16;
-      }
-    }
-  });
+inline void load_matrices_any(uint32_t (&r)[4], const void* row, Site at) {
+  simt::MatricesArgument a;
+  {
+    const simt::Quiet quiet;
+    simt::block->current->at = at;
+    expect_shared(row, 16);
+  }
+  a.r = r;
+  std::memcpy(a.row, row, 16);  // as early as it may happen: nothing but a barrier orders lanes
+  simt::collective(at, &a, simt::distribute_matrices<kTransposed>);
 }
-inline void load_matrices(uint32_t (&r)[4], const void* row) { load_matrices_any<false>(r, row); }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  load_matrices_any<true>(r, row);
+inline void load_matrices(uint32_t (&r)[4], const void* row, Site at = here("load_matrices")) {
+  load_matrices_any<false>(r, row, at);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row,
+                                     Site at = here("load_matrices_transposed")) {
+  load_matrices_any<true>(r, row, at);
 }
 
-template <typename T>
-inline float half_of(uint32_t pair, int which) {
-  const T value = {static_cast<uint16_t>(pair >> (16 * which))};
-  return load_as_acc(&value);
+inline void mma_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                         Site at = here("mma_bfloat16")) {
+  simt::MmaArgument q{c, a, {b0, b1}};
+  simt::collective(
+      at, &q, [](void** lanes) { simt::multiply_fragments<16>(lanes, simt::half_of<BFloat16>); });
 }
-
-struct MmaArgument {
-  float* c;
-  const uint32_t* a;
-  uint32_t b[2];
-};
-// kDepth columns of a; unpack(word, which) gives the values of a register.
-template <int kDepth, typename Unpack>
-inline void mma_any(const char* name, MmaArgument* argument, Unpack unpack) {
-  simt::collective(name, argument, [unpack](void** slot) {
-    constexpr int kPerWord = kDepth / 8;
-    float a[16][kDepth], b[kDepth][8], c[16][8];
-    for (int l = 0; l < 32; ++l) {
-      const auto* q = static_cast<const MmaArgument*>(slot[l]);
-      const int g = l >> 2, t = l & 3;
-      for (int e = 0; e < kPerWord; ++e) {
-        const int k = t * kPerWord + e;
-        for (int i = 0; i < 4; ++i) a[g + (i & 1) * 8][k + (i >> 1) * (kDepth / 2)] = unpack(q->a[i], e);
-        for (int i = 0; i < 2; ++i) b[k + i * (kDepth / 2)][g] = unpack(q->b[i], e);
-      }
-      for (int i = 0; i < 4; ++i) c[g + (i >> 1) * 8][t * 2 + (i & 1)] = q->c[i];
-    }
-    for (int m = 0; m < 16; ++m)
-      for (int k = 0; k < kDepth; ++k)
-        for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
-    for (int l = 0; l < 32; ++l) {
-      const auto* q = static_cast<const MmaArgument*>(slot[l]);
-      for (int i = 0; i < 4; ++i) q->c[i] = c[(l >> 2) + (i >> 1) * 8][(l & 3) * 2 + (i & 1)];
-    }
+inline void mma_float16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                        Site at = here("mma_float16")) {
+  simt::MmaArgument q{c, a, {b0, b1}};
+  simt::collective(at, &q,
+                   [](void** lanes) { simt::multiply_fragments<16>(lanes, simt::half_of<Half>); });
+}
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                     Site at = here("mma_tf32")) {
+  simt::MmaArgument q{c, a, {b0, b1}};
+  simt::collective(at, &q, [](void** lanes) {
+    simt::multiply_fragments<8>(lanes, [](uint32_t w, int) { return simt::tf32_value(w); });
   });
-}
-inline void mma_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  MmaArgument q{c, a, {b0, b1}};
-  mma_any<16>("mma_bfloat16", &q, [](uint32_t w, int e) { return half_of<BFloat16>(w, e); });
-}
-inline void mma_float16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  MmaArgument q{c, a, {b0, b1}};
-  mma_any<16>("mma_float16", &q, [](uint32_t w, int e) { return half_of<Half>(w, e); });
-}
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  MmaArgument q{c, a, {b0, b1}};
-  mma_any<8>("mma_tf32", &q, [](uint32_t w, int) { return bits_to_float(w & 0xffffe000u); });
 }
 inline uint32_t to_tf32(float value) {
-  const uint32_t bits = float_to_bits(value);
-  return value != value ? bits : (bits + 0x1000u) & 0xffffe000u;
+  return value != value ? 0x7fffffffu : (float_to_bits(value) + 0x1000u) & 0xffffe000u;
 }
-
-template <typename T>
-inline uint32_t pack_pair(float low, float high) {
-  T a, b;
-  store_from_acc(&a, low);
-  store_from_acc(&b, high);
-  return a.bits | static_cast<uint32_t>(b.bits) << 16;
+inline uint32_t pack_bfloat16(float low, float high) {
+  return simt::pack_pair<BFloat16>(low, high);
 }
-inline uint32_t pack_bfloat16(float low, float high) { return pack_pair<BFloat16>(low, high); }
-inline uint32_t pack_float16(float low, float high) { return pack_pair<Half>(low, high); }
+inline uint32_t pack_float16(float low, float high) { return simt::pack_pair<Half>(low, high); }
 
-inline void add_release(uint32_t* counter, uint32_t value) {
-  simt::maybe_preempt(4);
+// ---- between blocks ---------------------------------------------------------------------------
+inline void enter_signal(Site at, const void* counter) {
+  const simt::Quiet quiet;
+  simt::enter(at, 4);
+  if (reinterpret_cast<uintptr_t>(counter) % 4 != 0) simt::fail("misaligned counter %p", counter);
+}
+inline void add_release(uint32_t* counter, uint32_t value, Site at = here("add_release")) {
+  enter_signal(at, counter);
   __atomic_add_fetch(counter, value, __ATOMIC_RELEASE);
 }
-inline void wait_at_least(const uint32_t* counter, uint32_t value) {
-  for (int turns = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; ++turns) {
-    if (turns > 20000000) simt::fail("deadlock in wait_at_least");
-    simt::let_others_run();
+inline void wait_at_least(const uint32_t* counter, uint32_t value,
+                          Site at = here("wait_at_least")) {
+  enter_signal(at, counter);
+  {
+    const simt::Quiet quiet;
+    if (__atomic_load_n(counter, __ATOMIC_RELAXED) < value) simt::wait_for_flag(counter, value);
   }
+  __atomic_load_n(counter, __ATOMIC_ACQUIRE);
 }
-inline uint32_t take_ticket(uint32_t* counter) {
-  simt::maybe_preempt(4);
+inline uint32_t take_ticket(uint32_t* counter, Site at = here("take_ticket")) {
+  enter_signal(at, counter);
   return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
 }
 
+// ---- host side --------------------------------------------------------------------------------
+namespace detail {
+template <typename T>
+struct Exactly {
+  using type = T;
+};
+template <typename T>  // keeps an argument out of deduction: it converts to what the kernel takes
+using Argument = const typename Exactly<T>::type&;
+
+template <typename... Params>
+int launch_any(bool cooperative, void (*kernel)(Params...), dim3 grid, int threads,
+               size_t shared_bytes, Argument<Params>... params) {
+  static_assert((sizeof(Params) + ... + 0) <= 32764, "kernel parameters take at most 32764 bytes");
+  const auto call = [&] { kernel(params...); };
+  simt::Launch launch;
+  launch.grid = grid;
+  launch.threads = threads;
+  launch.shared_bytes = shared_bytes;
+  launch.cooperative = cooperative;
+  launch.body = [](const void* argument) { (*static_cast<decltype(call)*>(argument))(); };
+  launch.argument = &call;
+  return simt::run(launch);
+}
+}  // namespace detail
+
 template <typename... Params>
 int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, void*,
-           const Params&... params) {
-  simt::run_grid(grid, threads, shared_bytes, [&] { kernel(params...); });
-  return 0;
+           detail::Argument<Params>... params) {
+  return detail::launch_any<Params...>(false, kernel, grid, threads, shared_bytes, params...);
 }
 template <typename... Params>
-int launch_cooperative(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, void*,
-                       const Params&... params) {
-  simt::run_cooperative(grid, threads, shared_bytes, [&] { kernel(params...); });
-  return 0;
+int launch_cooperative(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
+                       void*, detail::Argument<Params>... params) {
+  return detail::launch_any<Params...>(true, kernel, grid, threads, shared_bytes, params...);
 }
 template <typename... Params>
 int resident_blocks(void (*)(Params...), int, size_t, int* blocks) {
-  *blocks = simt::settings().resident_blocks;
+  *blocks = simt::resident_blocks(simt::settings().seed);
   return 0;
 }
 inline int fill_zero(void* memory, size_t bytes, void*) {
-  std::memset(memory, 0, bytes);
+  if (bytes > 0) std::memset(memory, 0, bytes);
   return 0;
 }
 
