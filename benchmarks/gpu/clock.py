@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import random
 import statistics
@@ -77,7 +78,7 @@ class Clock:
             call()
             event.record()
         self.synchronize()
-        pairs = zip(events, events[1:], strict=False)
+        pairs = itertools.pairwise(events)
         return [begin.elapsed_time(end) * 1e-3 for begin, end in pairs]
 
     def host(self, call: Call, count: int) -> float:

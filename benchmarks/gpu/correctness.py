@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from functools import partial
@@ -15,43 +12,29 @@ from typing import Any
 
 import torch
 
-from . import checks
+from . import checks, process
 from .record import ROOT
 from .stage import Bench, Item, NotAvailable, NotMeasured
 
 TESTS = ROOT / "tests" / "cuda"
+SANITIZER = 25.0  # seconds kept for each tool
 TOOLKIT = "/usr/local/cuda/bin"
-
-
-def _environment() -> dict[str, str]:
-    folders = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def run_pytest(target: Path, limit: float) -> dict[str, Any]:
     """Counts and failures of a folder of tests; a run that is cut short counts what it finished."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", str(target), "-q", "--maxfail=30"]
-        command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
-        try:
-            run = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=_environment(),
-                capture_output=True,
-                text=True,
-                timeout=limit,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            tail = (error.stdout or b"").decode(errors="replace")[-1500:]
-            raise RuntimeError(f"the tests did not end within {limit:.0f} s: {tail}") from None
+        command = process.python("-m", "pytest", str(target), "-q", "--maxfail=30")
+        ended = process.run([*command, "-p", "no:cacheprovider", f"--junitxml={report}"], limit)
         if not report.exists():
-            raise RuntimeError(f"pytest wrote no report: {(run.stderr or run.stdout)[-2000:]}")
+            raise RuntimeError(f"pytest wrote no report: {ended.text[-3000:]}")
         counts = junit_counts(report)
-    if counts["failed"] or run.returncode != 0:
-        return {**counts, "status": "failed", "reason": run.stdout.strip().splitlines()[-1][:300]}
+    lines = ended.text.strip().splitlines() or [""]
+    if ended.status is None:
+        return {**counts, "status": "failed", "reason": f"cut short after {limit:.0f} s"}
+    if counts["failed"] or ended.status != 0:
+        return {**counts, "status": "failed", "reason": lines[-1][:300]}
     return counts
 
 
@@ -83,34 +66,30 @@ def tests(bench: Bench) -> dict[str, Any]:
     if bench.dry:
         raise NotMeasured("dry run: they need a GPU")
     bench.need_ours()
-    return run_pytest(TESTS, min(60.0, bench.left()))
+    return run_pytest(TESTS, max(5.0, min(60.0, bench.left() - 2 * SANITIZER)))
 
 
 def sanitizer(bench: Bench, tool: str) -> dict[str, Any]:
     """compute-sanitizer on the tiny program. Dry runs run the program alone."""
     bench.need_ours()
     target = str(Path(__file__).with_name("sanitize_target.py"))
-    program = [sys.executable, target, "--device", bench.device.type]
+    program = process.python(target, "--device", bench.device.type)
     command = program
     if not bench.dry:
         found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=TOOLKIT)
         if found is None:
             raise NotAvailable("compute-sanitizer is not installed")
         command = [found, "--tool", tool, "--error-exitcode", "9", *program]
-    run = subprocess.run(
-        command,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=max(5.0, min(45.0, bench.left())),
-        check=False,
-    )
-    text = run.stdout + run.stderr
-    summary = [line for line in text.splitlines() if re.search(r"SUMMARY|[Nn]ot supported", line)]
-    if re.search(r"[Nn]ot supported|Failed to initialize|Unable to", text) and "done" not in text:
+    limit = max(5.0, min(45.0, bench.left()))
+    ended = process.run(command, limit)
+    if ended.status is None:
+        raise NotMeasured(f"{tool} did not end within {limit:.0f} s: {ended.text[-300:]}")
+    text = ended.text
+    summary = [line for line in text.splitlines() if "SUMMARY" in line]
+    if re.search(r"not supported|Failed to initialize|Unable to", text) and "done" not in text:
         raise NotAvailable(f"compute-sanitizer: {text.strip()[-500:]}")
-    if run.returncode != 0 or "done" not in text:
-        raise RuntimeError(f"{tool}: status {run.returncode}: {text[:1500]} ... {text[-1500:]}")
+    if ended.status != 0 or "done" not in text:
+        raise RuntimeError(f"{tool}: status {ended.status}: {text[:1500]} ... {text[-1500:]}")
     return {"summary": summary, "watched": not bench.dry}
 
 
@@ -129,7 +108,7 @@ def items(bench: Bench) -> list[Item]:
         graph = partial(checks.replay, algorithm=algorithm)
         listed += [Item(f"two runs {algorithm}", same), Item(f"graph {algorithm}", graph)]
     listed.append(Item("stress of direct", checks.stress))
-    listed.append(Item("pytest", tests, limit=70.0, least=10.0))
+    listed.append(Item("pytest", tests, limit=80.0, least=1.0))
     for tool in ("memcheck", "racecheck"):
         call = partial(sanitizer, tool=tool)
         listed.append(Item(tool, call, limit=60.0, least=5.0 if not bench.dry else 0.5))

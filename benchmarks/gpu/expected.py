@@ -4,7 +4,7 @@ None of these numbers was measured by this project on a GPU, but the two ceiling
 card of that kind gave. "calculated" counts bytes, operations and machine instructions and divides
 by the ceilings; "estimated" has an assumption in it that a measurement should replace: 2 us for a
 kernel launch in a stream, 1 to 1.5 us in a graph, 5 to 8 us of host time for an operation of
-PyTorch, cuDNN at 60 % of the matrix ceiling. A miss of more than 20 % is flagged and wants a reason.
+PyTorch, cuDNN at 60 % of the matrix ceiling. A miss of over 20 % is flagged: it wants a reason.
 """
 
 from __future__ import annotations

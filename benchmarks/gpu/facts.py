@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from . import clock as clocks
+from .expected import PREDICTED, compare
 from .stage import Bench, Item, NotAvailable
 
 SMI_FIELDS = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu",
-    "power.draw", "utilization.gpu", "memory.used", "clocks_throttle_reasons.active",
+    "power.draw", "utilization.gpu", "memory.used",
 )  # fmt: skip
 
 
@@ -75,7 +76,9 @@ def copy_ceiling(bench: Bench) -> dict[str, Any]:
     for _ in range(3):
         target.copy_(source)
     times = clocks.quartiles(bench.clock.each(lambda: target.copy_(source), 5 if bench.dry else 20))
-    return {"bytes": moved, "seconds": times, "bytes_per_second": moved / times["median"]}
+    rate = moved / times["median"]
+    found = {"bytes": moved, "seconds": times, "bytes_per_second": rate}
+    return found if bench.dry else found | compare(PREDICTED["facts/copy"], rate)
 
 
 def matmul_ceiling(bench: Bench) -> dict[str, Any]:
@@ -89,7 +92,9 @@ def matmul_ceiling(bench: Bench) -> dict[str, Any]:
         torch.mm(left, right, out=out)
     count = 5 if bench.dry else 30
     times = clocks.quartiles(bench.clock.each(lambda: torch.mm(left, right, out=out), count))
-    return {"size": size, "seconds": times, "flop_per_second": 2 * size**3 / times["median"]}
+    rate = 2 * size**3 / times["median"]
+    found = {"size": size, "seconds": times, "flop_per_second": rate}
+    return found if bench.dry else found | compare(PREDICTED["facts/matmul"], rate)
 
 
 def launch_gap(bench: Bench) -> dict[str, Any]:
@@ -121,7 +126,7 @@ def items(bench: Bench) -> list[Item]:
 
 
 def ceilings(bench: Bench) -> dict[str, float | None]:
-    """(bytes per second, flop per second) as stage 1 measured them; None where it did not."""
+    """Bytes and flop per second as stage 1 measured them; None where it did not."""
     found = bench.record.items("facts")
     return {
         "bytes": found.get("copy", {}).get("bytes_per_second"),

@@ -6,8 +6,6 @@ import gc
 from functools import partial
 from typing import Any
 
-import torch
-
 from .models import EVERY
 from .samples import layer_call, leaves
 from .stage import Bench, Item, NotMeasured, outcome
@@ -67,8 +65,7 @@ def per_example(bench: Bench, channels: int, side: int, count: int) -> dict[str,
 
 
 def items(bench: Bench) -> list[Item]:
-    """Stage 7. cuDNN does not try its algorithms here: their workspaces would count."""
-    torch.backends.cudnn.benchmark = False
+    """Stage 7. cuDNN does not try its algorithms in it: their workspaces would count."""
     listed = [Item("resnet18 128", networks)]
     for channels, side, count in LAYERS:
         call = partial(per_example, channels=channels, side=side, count=count)

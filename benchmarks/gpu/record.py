@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -25,8 +26,9 @@ class DeviceLost(Exception):
 class Record:
     """A run's file: ``stages`` -> name -> ``items`` -> name -> figures and ``status``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, commit: dict[str, Any] | None = None) -> None:
         self.path = path
+        self.commit = commit
         self.data: dict[str, Any] = {"format": FORMAT, "stages": {}, "goals": []}
         if path.exists():
             self.data = json.loads(path.read_text())
@@ -48,7 +50,7 @@ class Record:
 
     def begin(self, name: str) -> dict[str, Any]:
         """A fresh section, with the commit that it is measured at."""
-        section = {"status": "not measured", "items": {}, **commit()}
+        section = {"status": "not measured", "items": {}, **(self.commit or commit_of_checkout())}
         section["started"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
         self.data["stages"][name] = section
         return section
@@ -89,12 +91,13 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def commit() -> dict[str, Any]:
+@functools.lru_cache
+def commit_of_checkout() -> dict[str, Any]:
     """Commit of the checkout, and whether files that count differ from it."""
     answers = []
     for arguments in (
         ("rev-parse", "--short=12", "HEAD"),
-        ("status", "--porcelain", "--", "csrc", "fastbconv", "benchmarks"),
+        ("status", "--porcelain", "--", "csrc", "fastbconv", "benchmarks/gpu"),
     ):
         try:
             run = subprocess.run(

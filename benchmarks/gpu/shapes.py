@@ -31,7 +31,7 @@ class Layer:
     unfused_us: float
 
     @property
-    def P(self) -> int:  # noqa: N802
+    def P(self) -> int:
         """Output rows."""
         return (self.H + 2 * self.padding - self.k) // self.stride + 1
 

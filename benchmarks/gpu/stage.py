@@ -78,6 +78,8 @@ class Bench:
         """Raises where our kernels for this device are not there."""
         from fastbconv import build_info
 
+        if self.record.items("build").get("build", {}).get("status") == "failed":
+            raise NotAvailable("the native library could not be built")  # not once more for each
         if "ours" not in self.kept:
             info = build_info()
             there = info["built"] != "reference" and (self.dry or info["cuda"])
@@ -118,6 +120,7 @@ def outcome(bench: Bench, call: Callable[[], Any]) -> dict[str, Any]:
             raise DeviceLost(str(error)) from error
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
+            return {"status": "not measured", "reason": f"out of memory: {error}"[:300]}
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         return {"status": "failed", "reason": reason, "traceback": traceback.format_exc()[-4000:]}
 
@@ -144,3 +147,4 @@ def run_items(bench: Bench, items: Sequence[Item]) -> None:
         bench.record.save()
     statuses = [item["status"] for item in section["items"].values()]
     section["status"] = "failed" if "failed" in statuses else "ok"
+    bench.record.save()
