@@ -170,13 +170,11 @@ void wgrad_kernel(FBC_PARAM WgradArgs a) {
   PixelWalk at(a, begin, Tile::kDepth);
   int32_t draw = at.draw, steps_left = at.steps_left;  // of the step to be multiplied next
   const int32_t steps = static_cast<int32_t>(end - begin);
-  int32_t to_load = steps;
-  const auto load = [&](int stage) {
-    if (to_load > 0) {
+  const auto load = [&](int stage, bool any) {
+    if (any) {
       wgrad_load<T, kDraws, kAligned>(a, at, group, place.filter, tap,
                                       gpu::shared() + stage * Tile::kStageBytes);
       at.advance(a, Tile::kDepth);
-      --to_load;
     }
     gpu::copy_commit();
   };
@@ -187,12 +185,12 @@ void wgrad_kernel(FBC_PARAM WgradArgs a) {
     clear(sums.sum_eps);
   }
 
-  for (int i = 0; i < Tile::kStages - 1; ++i) load(i);
+  for (int i = 0; i < Tile::kStages - 1; ++i) load(i, i < steps);
   int stage = 0;
   for (int32_t left = steps; left > 0; --left) {
     gpu::copy_wait<Tile::kStages - 2>();
     gpu::sync();  // this stage has arrived, and nobody reads the one before it any more
-    load(stage == 0 ? Tile::kStages - 1 : stage - 1);
+    load(stage == 0 ? Tile::kStages - 1 : stage - 1, left >= Tile::kStages);
     wgrad_multiply<T>(sums, gpu::shared() + stage * Tile::kStageBytes, place);
     stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
     if constexpr (kDraws) {

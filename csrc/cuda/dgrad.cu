@@ -1,0 +1,134 @@
+// dgrad() of kernels.h: extents and instantiations for dgrad_kernel.cuh.
+#include "dgrad_kernel.cuh"
+#include "kernels.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace fbc::cuda {
+namespace {
+
+constexpr int64_t kExtentLimit = int64_t{1} << 30;
+constexpr size_t kWorkspaceAlignment = 256;
+constexpr int kInvalid = 1;  // cudaErrorInvalidValue
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T, bool kPrivate, bool kAligned>
+int launch_tiles(const DgradArgs& a, StreamHandle stream) {
+  const int64_t blocks =
+      int64_t{a.shape.groups} * a.tile_draws * a.phases * a.pixel_tiles * int64_t{a.channel_tiles};
+  if (blocks == 0) return 0;
+  if (blocks > INT32_MAX) return kInvalid;
+  return gpu::launch(dgrad_kernel<T, kPrivate, kAligned>, dim3(static_cast<unsigned>(blocks)),
+                     DgradTile::kThreads, sizeof(DgradShared), stream, a);
+}
+
+template <typename T>
+int launch_type(const DgradParams& p, DgradArgs a, StreamHandle stream) {
+  const ImageStrides& g = p.grad_stride;
+  const int32_t size = static_cast<int32_t>(sizeof(T));
+  a.grad_aligned = chunks_aligned<T>(p.grad, g.n, g.h, g.w, a.shape.K);
+  a.weight_aligned = chunks_aligned<T>(a.weight, 0, 0, 0, a.shape.C);
+  a.pack = output_pack(p.grad_input, p.grad_input_stride, a.shape.C, a.shape.groups > 1, size);
+  if (a.weight == nullptr) {
+    return a.grad_aligned ? launch_tiles<T, true, true>(a, stream)
+                          : launch_tiles<T, true, false>(a, stream);
+  }
+  return a.grad_aligned && a.weight_aligned ? launch_tiles<T, false, true>(a, stream)
+                                            : launch_tiles<T, false, false>(a, stream);
+}
+
+DgradArgs arguments(const DgradParams& p, const ConvWeight& weight) {
+  const ConvShape& s = p.shape;
+  DgradArgs a{};
+  a.grad = p.grad;
+  a.weight = weight.source == WeightSource::kPrivate ? nullptr : weight.given;
+  a.grad_input = p.grad_input;
+  a.grad_stride = p.grad_stride;
+  a.input_stride = p.grad_input_stride;
+  a.shape = conv_geometry(s);
+  a.sampler = weight_sampler(weight, s);
+  a.tap_step_h = static_cast<int32_t>(s.stride_h / std::gcd(s.stride_h, s.dilation_h));
+  a.tap_step_w = static_cast<int32_t>(s.stride_w / std::gcd(s.stride_w, s.dilation_w));
+  a.phases_w = static_cast<int32_t>(std::min(s.stride_w, s.W));
+  a.phases = static_cast<int32_t>(std::min(s.stride_h, s.H)) * a.phases_w;
+  a.channel_tiles = static_cast<int32_t>(ceil_divide(s.channels_per_group(), DgradTile::kChannels));
+  const int64_t pixels =
+      s.rows_per_sample() * ceil_divide(s.H, s.stride_h) * ceil_divide(s.W, s.stride_w);
+  a.pixel_tiles = static_cast<int32_t>(ceil_divide(pixels, DgradTile::kPixels));
+  a.tile_draws = s.share_input ? 1 : static_cast<int32_t>(s.num_samples);
+  return a;
+}
+
+int launch(const DgradParams& p, const ConvWeight& weight, StreamHandle stream) {
+  const ConvShape& s = p.shape;
+  const int64_t extents[] = {s.rows_per_sample() * s.H * s.W,
+                             s.C,
+                             s.groups,
+                             s.P * s.stride_h,
+                             s.Q * s.stride_w,
+                             s.K * s.R * s.S * s.channels_per_group(),
+                             s.num_samples * (s.R * s.S * s.filters_per_group() + 32),
+                             s.R * s.dilation_h,
+                             s.S * s.dilation_w,
+                             s.pad_top,
+                             s.pad_left,
+                             s.stride_h,
+                             s.stride_w,
+                             s.stride_h * s.stride_w};
+  for (const int64_t extent : extents) {
+    if (extent >= kExtentLimit) return kInvalid;
+  }
+  const DgradArgs a = arguments(p, weight);
+  switch (p.dtype) {
+    case Dtype::kBFloat16: return launch_type<BFloat16>(p, a, stream);
+    case Dtype::kFloat16: return launch_type<Half>(p, a, stream);
+    case Dtype::kFloat32: return launch_type<float>(p, a, stream);
+    default: return kInvalid;
+  }
+}
+
+// kCooperative: one launch samples all draws into the workspace, the next reads them.
+SampleEntry<float> sample_entry(const DgradParams& p, const ConvWeight& weight, void* sample) {
+  const ConvShape& s = p.shape;
+  const int64_t C = s.channels_per_group();
+  SampleEntry<float> entry{};
+  entry.posterior = weight.posterior;
+  entry.seed = weight.seed;
+  entry.sample = sample;
+  entry.sample_dtype = p.dtype;
+  entry.sample_stride = {s.R * s.S * C, s.S * C, C, 1};
+  entry.sample_sample_stride = s.K * s.R * s.S * C;
+  entry.num_samples = s.num_samples;
+  return entry;
+}
+size_t sample_bytes(const DgradParams& p) {
+  const ConvShape& s = p.shape;
+  const size_t size = p.dtype == Dtype::kFloat32 ? 4 : 2;
+  const size_t bytes =
+      static_cast<size_t>(s.num_samples * s.K * s.R * s.S * s.channels_per_group()) * size;
+  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+}  // namespace
+
+size_t dgrad_workspace(const DgradParams& params, const ConvWeight& weight) {
+  if (weight.source != WeightSource::kCooperative) return 0;
+  const SampleEntry<float> entry = sample_entry(params, weight, nullptr);
+  return sample_bytes(params) + sample_workspace(&entry, 1);
+}
+
+int dgrad(const DgradParams& params, const ConvWeight& weight, void* workspace,
+          StreamHandle stream) {
+  if (weight.source != WeightSource::kCooperative) return launch(params, weight, stream);
+  const SampleEntry<float> entry = sample_entry(params, weight, workspace);
+  unsigned char* rest = static_cast<unsigned char*>(workspace) + sample_bytes(params);
+  if (const int status = sample(&entry, 1, rest, stream)) return status;
+  ConvWeight given = weight;
+  given.source = WeightSource::kGiven;
+  given.given = workspace;
+  return launch(params, given, stream);
+}
+
+}  // namespace fbc::cuda

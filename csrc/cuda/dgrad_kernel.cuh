@@ -1,0 +1,163 @@
+// Data gradient of a convolution by tensor cores.
+//
+//   grad_input[n,h,w,c] = sum over draws s' of n, over r,s,k   grad[n,p,q,k] * W_s'[k,r,s,c]
+//                         with p * stride_h = h + pad_top - r * dilation_h   (q alike)
+//
+// A product of matrices per group: M = input pixels, N = channels, summed over (tap, filter).
+//
+//             64 channels              4 warps, 2 x 2, of 64 pixels x 32 channels
+//           +------+------+            a stage (of three), kDepth = 32 (16-bit) or 16 (tf32):
+//    128    | w0   | w1   |              grad    128 pixels x kDepth filters: rows of 64 bytes
+//    pixels +------+------+              weights kDepth (tap, filter) x 64 channels, transposed by
+//           | w2   | w3   |                      the loads (KRSC memory has channels innermost)
+//           +------+------+
+//
+// Phases: pixels with the same (h mod stride_h, w mod stride_w) meet the same taps, so a tile holds
+// pixels of one phase, and only the taps that exist for it are enumerated: r = r0 + i * tap_step.
+// Within a phase, pixel i along h reads output i + shift + tap * step: addresses and a bounds test,
+// as in the forward direction. A phase without taps (a 1 x 1 filter with stride 2 has three) gets
+// zeros, and so do pixels that no output reads: every element is written. A tile belongs to one
+// draw, or with share_input sums over the draws, in order, inside the block: no atomics. Order of a
+// sum: draw, tap, filter; it depends on the shape alone. Weights: given in memory, or (kPrivate)
+// sampled by each block one stage ahead, with the bits that sample() writes; nothing of a weight's
+// size is then in memory. Alignment: kAligned copies 16 bytes of filters (grad) and of channels
+// (weights) at a time; otherwise each operand that does not allow it goes element by element (odd
+// K, 1 or 3 channels). Sources: strided data gradient by phases, CUTLASS 2.x
+// implicit_gemm_convolution_strided_dgrad.h.
+#pragma once
+
+#include "dgrad_tile.cuh"
+
+namespace fbc::cuda {
+
+template <typename T>
+FBC_DEVICE void dgrad_multiply(Accumulators<DgradTile>& acc, const unsigned char* stage, int warp,
+                               int lane) {
+  using Tile = DgradTile;
+  constexpr int kChunks = Tile::kChannels / kChunkElements<T>;
+  const int pixel = warp / Tile::kWarpColumns * Tile::kWarpPixels;
+  const int channel = warp % Tile::kWarpColumns * Tile::kWarpChannels;
+  FBC_UNROLL
+  for (int chunk = 0; chunk < kRowChunks; chunk += 2) {
+    uint32_t a[Tile::kM][4], b[Tile::kN][4];
+    FBC_UNROLL
+    for (int j = 0; j < Tile::kN; ++j) {
+      load_b_transposed<T, kChunks>(b[j], stage + Tile::kWeights, chunk * kChunkElements<T>,
+                                    channel + 16 * j, lane);
+    }
+    FBC_UNROLL
+    for (int i = 0; i < Tile::kM; ++i) {
+      load_a<T, kRowChunks>(a[i], stage, pixel + 16 * i, chunk, lane);
+    }
+    multiply<T, Tile::kM, Tile::kN>(acc.value, a, b);
+  }
+}
+
+// What is loaded next: a step of the reduction of one draw.
+struct DgradWalk {
+  Tap grad, weight;          // of this thread's chunk of grad, and of its first row of weights
+  int32_t draw, steps_left;  // of the draw
+};
+
+template <typename T, bool kPrivate, bool kAligned>
+struct DgradLoader {
+  using Rows = WeightRows<T, kPrivate ? 4 : kChunkElements<T>>;
+  const DgradArgs& a;
+  const DgradShared& shared;
+  int32_t group, channel;
+  DgradWalk at;
+
+  FBC_DEVICE DgradLoader(const DgradArgs& args, const DgradShared& memory, int32_t in_group,
+                         int32_t first_channel, int32_t draw)
+      : a(args), shared(memory), group(in_group), channel(first_channel) {
+    at.draw = draw - 1;
+    next_draw();
+  }
+  FBC_DEVICE void next_draw() {
+    const int thread = static_cast<int>(threadIdx.x);
+    at.grad = tap_of(thread % kRowChunks * kChunkElements<T>, shared.phase.taps);
+    at.weight = tap_of(Rows::row(), shared.phase.taps);
+    at.steps_left = covers(shared.phase.depth, kDepth<T>);
+    ++at.draw;
+  }
+  FBC_DEVICE void load(unsigned char* stage) {
+    const Phase& phase = shared.phase;
+    const T* grad = static_cast<const T*>(a.grad) +
+                    int64_t{at.draw} * a.shape.rows * a.grad_stride.n + int64_t{group} * a.shape.K;
+    dgrad_load_grad<T, kAligned>(a, phase, grad, at.grad, shared.tile, stage);
+    const int32_t first_filter = group * a.shape.K;
+    if constexpr (kPrivate) {
+      dgrad_sample_weight<T>(a, phase, draw_key(a.sampler, at.draw), first_filter, channel,
+                             at.weight, shared.weight_step, stage);
+    } else {
+      const int64_t filters = int64_t{at.draw} * a.shape.groups * a.shape.K + first_filter;
+      dgrad_load_weight<T, kAligned>(a, phase,
+                                     static_cast<const T*>(a.weight) + filters * a.shape.columns,
+                                     channel, at.weight, shared.weight_step, stage);
+    }
+    if (--at.steps_left == 0) {
+      next_draw();
+    } else {
+      advance_tap(at.grad, shared.grad_step, phase.taps);
+      advance_tap(at.weight, shared.grad_step, phase.taps);
+    }
+  }
+};
+
+template <typename T, bool kPrivate>
+FBC_DEVICE void dgrad_share(const DgradArgs& a, int32_t phase, DgradShared& shared) {
+  shared.phase = Phase(a, phase);
+  shared.grad_step = tap_of(kDepth<T>, shared.phase.taps);
+  shared.weight_step =
+      tap_of(WeightRows < T, kPrivate ? 4 : kChunkElements < T >> ::kRowStep, shared.phase.taps);
+}
+
+// Block index = (((group * tile_draws + draw) * phases + phase) * pixel_tiles + pixel tile) *
+// channel_tiles + channel tile: neighbours read the same gradient.
+template <typename T, bool kPrivate, bool kAligned>
+FBC_KERNEL(128, 3)
+void dgrad_kernel(FBC_PARAM DgradArgs a) {
+  using Tile = DgradTile;
+  DgradShared& shared = *reinterpret_cast<DgradShared*>(gpu::shared());
+  const int thread = static_cast<int>(threadIdx.x), warp = thread >> 5, lane = thread & 31;
+  int32_t index = static_cast<int32_t>(blockIdx.x);
+  const int32_t channel = index % a.channel_tiles * Tile::kChannels;
+  index /= a.channel_tiles;
+  const int32_t first_pixel = index % a.pixel_tiles * Tile::kPixels;
+  index /= a.pixel_tiles;
+  if (thread == 0) dgrad_share<T, kPrivate>(a, index % a.phases, shared);
+  index /= a.phases;
+  const int32_t draw = index % a.tile_draws, group = index / a.tile_draws;
+  gpu::sync();
+  const Phase& phase = shared.phase;
+  if (first_pixel >= a.shape.rows * phase.h.extent * phase.w.extent) return;  // a smaller phase
+
+  dgrad_locate(a, phase, first_pixel, int64_t{draw} * a.shape.rows, shared.tile);
+  gpu::sync();
+  DgradLoader<T, kPrivate, kAligned> loader(a, shared, group, channel, draw);
+  const int32_t draws = a.shape.share_input ? a.shape.num_samples : 1;
+  const int32_t steps = a.shape.P > 0 && a.shape.Q > 0 ? draws * loader.at.steps_left : 0;
+  const auto load = [&](int stage, bool any) {
+    if (any) loader.load(shared.tile.stage[stage]);
+    gpu::copy_commit();
+  };
+  Accumulators<Tile> acc;
+  acc.clear();
+  for (int i = 0; i < Tile::kStages - 1; ++i) load(i, i < steps);
+  int stage = 0;
+  for (int32_t left = steps; left > 0; --left) {
+    gpu::copy_wait<Tile::kStages - 2>();
+    gpu::sync();  // this stage has arrived, and nobody reads the one before it any more
+    load(stage == 0 ? Tile::kStages - 1 : stage - 1, left >= Tile::kStages);
+    dgrad_multiply<T>(acc, shared.tile.stage[stage], warp, lane);
+    stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
+  }
+  gpu::copy_wait<0>();
+  gpu::sync();
+  const OutputView view = {a.grad_input,        nullptr, a.input_stride, nullptr,
+                           Activation::kLinear, 0.0f,    a.pack};
+  store_tile<T>(acc, shared.tile, view, nullptr, group * a.shape.C + channel,
+                (group + 1) * a.shape.C, warp, lane);
+}
+
+}  // namespace fbc::cuda
