@@ -4,6 +4,7 @@
 //              header function that the compiler emits once, from a unit built for AVX-512, could
 //              be picked by the linker for the baseline too.
 // FBC_UNROLL   full unrolling of the loop that follows (constant trip count).
+// FBC_ROLLED   no unrolling of the loop that follows.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -22,4 +23,14 @@
 #define FBC_UNROLL _Pragma("GCC unroll 32")
 #else
 #define FBC_UNROLL
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define FBC_ROLLED _Pragma("unroll 1")
+#elif defined(__clang__)
+#define FBC_ROLLED _Pragma("clang loop unroll(disable)")
+#elif defined(__GNUC__)
+#define FBC_ROLLED _Pragma("GCC unroll 1")
+#else
+#define FBC_ROLLED
 #endif

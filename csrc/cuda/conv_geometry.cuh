@@ -16,8 +16,9 @@
 // chunks (mma.cuh) with the columns that begin at its tap:
 //
 //   PixelRow* rows (shared)  <- locate_pixels(), once per tile;  sync()
-//   PixelGather gather(tid, first_column, geometry)
-//   per step: gather.copy(tile, rows, image, geometry); copy_commit(); gather.advance(geometry)
+//   PixelGather gather(tid, geometry)
+//   per step: gather.copy(tile, rows, image, geometry); copy_commit(); gather.advance(image,
+//   geometry)
 //
 // kWide: every chunk is one 16-byte copy; needs wide_gather(). Else units of 8, 4 or 2 bytes, as
 // gather_unit() says (2: ordinary loads and stores, for odd C of a 16-bit type).
@@ -126,6 +127,7 @@ template <typename T>
 struct ImageView {
   const T* data;
   int64_t stride_h, stride_w;
+  Tap step;      // tap_of(columns of a tile): what advance() moves by
   int32_t unit;  // gather_unit()
 };
 
@@ -148,13 +150,14 @@ inline bool wide_gather(int32_t unit) { return unit == 16; }
 template <typename T, bool kWide, int kRows, int kThreads, int kChunks = 4>
 class PixelGather {
  public:
-  // Columns [first_column, first_column + tile width), which advance() moves on by one tile width.
-  FBC_DEVICE PixelGather(int thread, int32_t first_column, const ConvGeometry& g)
+  // At the first tile of columns; advance() moves on by one.
+  FBC_DEVICE PixelGather(int thread, const ConvGeometry& g)
       : row_(thread / kPieces), piece_(thread % kPieces) {
-    tap_ = tap_of(first_column + piece_ * kPieceElements, g);
-    step_ = tap_of(kChunks * kChunkElements<T>, g);
+    tap_ = tap_of(piece_ * kPieceElements, g);
   }
-  FBC_DEVICE void advance(const ConvGeometry& g) { advance_tap(tap_, step_, g); }
+  FBC_DEVICE void advance(const ImageView<T>& image, const ConvGeometry& g) {
+    advance_tap(tap_, image.step, g);
+  }
 
   FBC_DEVICE void copy(unsigned char* tile, const PixelRow (&rows)[kRows],
                        const ImageView<T>& image, const ConvGeometry& g) const {
@@ -164,6 +167,7 @@ class PixelGather {
     }
     const int unit_elements = image.unit / static_cast<int>(sizeof(T));
     Tap tap = tap_;
+    FBC_ROLLED
     for (int e = 0; e < kPieceElements; e += unit_elements) {
       if (image.unit == 4) {
         copy_unit<4>(tile, rows, image, tap, e, g);
@@ -180,7 +184,9 @@ class PixelGather {
   static constexpr int kPieces = kChunks * 16 / kPieceBytes;  // of a row
   static constexpr int kRowStep = kThreads / kPieces;
   static constexpr int kCopies = kRows / kRowStep;
-  static_assert(kThreads % kPieces == 0 && kRows % kRowStep == 0, "threads share the tile evenly");
+  static constexpr int kBatch = kCopies < 4 ? kCopies : 4;  // rows at a time: registers
+  static_assert(kThreads % kPieces == 0 && kRows % kRowStep == 0 && kCopies % kBatch == 0,
+                "threads share the tile evenly");
 
   struct Source {
     int64_t offset;  // of a tap from the begin of the window
@@ -205,35 +211,42 @@ class PixelGather {
                             const ImageView<T>& image, const Tap& tap, int element,
                             const ConvGeometry& g) const {
     const Source from = source(tap, image, g);
-    FBC_UNROLL
-    for (int i = 0; i < kCopies; ++i) {
-      const int at = row_ + i * kRowStep;
-      const PixelRow row = rows[at];
-      const bool valid = reads(row, from, g);
-      gpu::copy_async<kBytes>(tile + target(at, element),
-                              image.data + (valid ? row.offset + from.offset : 0), valid);
+    FBC_ROLLED
+    for (int batch = row_; batch < kRows; batch += kBatch * kRowStep) {
+      FBC_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = batch + i * kRowStep;
+        const PixelRow row = rows[at];
+        const bool valid = reads(row, from, g);
+        gpu::copy_async<kBytes>(tile + target(at, element),
+                                image.data + (valid ? row.offset + from.offset : 0), valid);
+      }
     }
   }
-  // One element of each row by ordinary loads, all of them under way before the first is stored.
+  // One element of each row by ordinary loads, a batch of them under way before the first is
+  // stored.
   FBC_DEVICE void copy_elements(unsigned char* tile, const PixelRow (&rows)[kRows],
                                 const ImageView<T>& image, const Tap& tap, int element,
                                 const ConvGeometry& g) const {
     const Source from = source(tap, image, g);
-    T value[kCopies];
-    FBC_UNROLL
-    for (int i = 0; i < kCopies; ++i) {
-      const PixelRow row = rows[row_ + i * kRowStep];
-      value[i] = T{};
-      if (reads(row, from, g)) value[i] = image.data[row.offset + from.offset];
-    }
-    FBC_UNROLL
-    for (int i = 0; i < kCopies; ++i) {
-      *reinterpret_cast<T*>(tile + target(row_ + i * kRowStep, element)) = value[i];
+    FBC_ROLLED
+    for (int batch = row_; batch < kRows; batch += kBatch * kRowStep) {
+      T value[kBatch];
+      FBC_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        const PixelRow row = rows[batch + i * kRowStep];
+        value[i] = T{};
+        if (reads(row, from, g)) value[i] = image.data[row.offset + from.offset];
+      }
+      FBC_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        *reinterpret_cast<T*>(tile + target(batch + i * kRowStep, element)) = value[i];
+      }
     }
   }
 
   int row_, piece_;
-  Tap tap_, step_;
+  Tap tap_;
 };
 
 }  // namespace fbc::cuda

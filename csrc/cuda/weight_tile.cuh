@@ -33,6 +33,7 @@ enum class Access : int32_t { kPacked = 0, kDense = 1, kStrided = 2 };
 struct ParameterView {
   const float* data;  // null: there is none
   WeightStrides stride;
+  int64_t next_s, next_r;  // from the end of a row of channels, of a row of taps, to the next one
   Access access;
 };
 
@@ -64,7 +65,10 @@ inline ParameterView parameter_view(const float* data, const WeightStrides& stri
   const bool dense = steps(C, stride.c, 1) && steps(S, stride.s, C) && steps(R, stride.r, S * C) &&
                      steps(K, stride.k, R * S * C);
   const bool packed = dense && R * S * C % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  return {data, stride, packed ? Access::kPacked : dense ? Access::kDense : Access::kStrided};
+  return {data, stride, stride.s - C * stride.c, stride.r - S * stride.s,
+          packed  ? Access::kPacked
+          : dense ? Access::kDense
+                  : Access::kStrided};
 }
 
 inline WeightSampler weight_sampler(const ConvWeight& weight, const ConvShape& shape) {
@@ -111,18 +115,18 @@ FBC_DEVICE void load_parameters(const ParameterView& view, const WeightSampler& 
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) value[i] = i < count ? dense[i] : 0.0f;
   } else {
-    int32_t filter = w.channels.divide(column), c = column - filter * w.channels.value;
-    int32_t r = w.filter_width.divide(filter), s = filter - r * w.filter_width.value;
+    const int32_t filter = w.channels.divide(column), r = w.filter_width.divide(filter);
+    int32_t c = column - filter * w.channels.value, s = filter - r * w.filter_width.value;
+    const float* at =
+        view.data + k * view.stride.k + r * view.stride.r + s * view.stride.s + c * view.stride.c;
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) {
-      value[i] = 0.0f;
-      if (i < count) {
-        value[i] = view.data[k * view.stride.k + r * view.stride.r + s * view.stride.s +
-                             c * view.stride.c];
-      }
+      value[i] = i < count ? *at : 0.0f;
+      at += view.stride.c;
       if (++c == w.channels.value) {
         c = 0;
-        if (++s == w.filter_width.value) s = 0, ++r;
+        at += view.next_s;
+        if (++s == w.filter_width.value) s = 0, at += view.next_r;
       }
     }
   }
@@ -140,7 +144,8 @@ FBC_DEVICE WeightQuad load_weight_quad(const WeightSampler& w, int32_t k, int32_
   load_parameters(w.loc, w, k, column, quad.count, quad.loc);
   if (w.is_point()) {
     FBC_UNROLL
-    for (int i = 0; i < 4; ++i) quad.scale[i] = 0.0f;
+    for (int i = 0; i < 4; ++i)
+      quad.scale[i] = -0.0f;  // -0 * 0 + loc is loc, also where that is -0
     return quad;
   }
   load_parameters(w.spread, w, k, column, quad.count, quad.scale);
@@ -154,21 +159,29 @@ FBC_DEVICE WeightQuad load_weight_quad(const WeightSampler& w, int32_t k, int32_
   return quad;
 }
 
-FBC_DEVICE void draw_weight_quad(const WeightSampler& w, const WeightQuad& quad, NoiseKey key,
-                                 int32_t k, int32_t column, float (&value)[4]) {
+// eps of four elements; zeros for a point mass.
+FBC_DEVICE void draw_eps_quad(const WeightSampler& w, NoiseKey key, int32_t k, int32_t column,
+                              float (&eps)[4]) {
   if (w.is_point()) {
     FBC_UNROLL
-    for (int i = 0; i < 4; ++i) value[i] = quad.loc[i];
+    for (int i = 0; i < 4; ++i) eps[i] = 0.0f;
     return;
   }
   const int64_t element = static_cast<int64_t>(k) * w.columns + column;
-  float eps[4];
   normal_quad(key, w.stream, w.element_offset + static_cast<uint64_t>(element), eps);
+}
+FBC_DEVICE void combine_quad(const WeightQuad& quad, const float (&eps)[4], float (&value)[4]) {
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) {
     const float drawn = weight_from_eps(quad.loc[i], quad.scale[i], eps[i]);
     value[i] = i < quad.count ? drawn : 0.0f;
   }
+}
+FBC_DEVICE void draw_weight_quad(const WeightSampler& w, const WeightQuad& quad, NoiseKey key,
+                                 int32_t k, int32_t column, float (&value)[4]) {
+  float eps[4];
+  draw_eps_quad(w, key, k, column, eps);
+  combine_quad(quad, eps, value);
 }
 
 // Rounded once; `to` is aligned to the four elements.

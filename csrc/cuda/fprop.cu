@@ -1,0 +1,166 @@
+// fprop(): plans a forward launch and hands it to the kernels of its storage type.
+#include "fprop_args.cuh"
+
+namespace fbc::cuda {
+namespace {
+
+// Enough blocks for every multiprocessor of a large GPU. A constant: what is computed must not
+// depend on the device that is present.
+constexpr int64_t kFill = 120;
+
+int32_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+struct TileExtents {
+  int32_t pixels, channels, threads;
+};
+template <typename Tile>
+constexpr TileExtents kExtentsOf = {Tile::kPixels, Tile::kChannels, Tile::kThreads};
+TileExtents extents_of(TileKind tile) {
+  return tile == TileKind::kLarge  ? kExtentsOf<LargeTile>
+         : tile == TileKind::kTall ? kExtentsOf<TallTile>
+                                   : kExtentsOf<SmallTile>;
+}
+
+// The largest tile that still fills a GPU; of the two large ones the one that wastes fewer
+// channels. With private sampling one tile's weights should serve as many pixels as there are.
+TileKind choose_tile(const ConvGeometry& g, WeightSource source, bool wide) {
+  const auto blocks = [&](TileKind tile) {
+    const TileExtents e = extents_of(tile);
+    return int64_t{1} * g.num_samples * g.groups * covers(g.pixels, e.pixels) *
+           covers(g.K, e.channels);
+  };
+  if (source == WeightSource::kPrivate) {
+    constexpr int32_t kCostlyColumns = 128;
+    const bool fills = blocks(TileKind::kTall) >= kFill || g.columns > kCostlyColumns;
+    return wide && fills && g.pixels > SmallTile::kPixels ? TileKind::kTall : TileKind::kSmall;
+  }
+  const bool even = 2 * covers(g.K, LargeTile::kChannels) == covers(g.K, TallTile::kChannels);
+  const TileKind tile = even ? TileKind::kLarge : TileKind::kTall;
+  return blocks(tile) >= kFill ? tile : TileKind::kSmall;
+}
+
+FpropPlan plan_fprop(const FpropParams& params, const ConvWeight& weight) {
+  const ConvGeometry g = conv_geometry(params.shape);
+  const int32_t bytes = element_bytes(params.dtype);
+  FpropPlan plan = {};
+  plan.source = weight.source;
+  const int32_t unit = gather_unit(params.input, params.input_stride, params.shape, bytes);
+  plan.tile = choose_tile(g, weight.source, wide_gather(unit));
+  const TileExtents tile = extents_of(plan.tile);
+  const bool samples = weight.source != WeightSource::kGiven;
+  const bool cooperates = weight.source == WeightSource::kCooperative;
+  plan.steps = covers(g.columns, kRowBytes / bytes);
+  plan.channel_tiles = covers(g.K, tile.channels);
+  plan.pixel_tiles = covers(g.pixels, tile.pixels);
+  if (weight.source == WeightSource::kPrivate && plan.pixel_tiles == 0) {
+    plan.pixel_tiles = 1;  // the weight is sampled all the same
+  }
+  plan.tiles = g.num_samples * g.groups * plan.pixel_tiles * plan.channel_tiles;
+  plan.strips = covers(g.groups * g.K, tile.threads / kRowChunks);
+  const int32_t draw_groups = covers(g.num_samples, kTaskDraws);
+  plan.tasks = cooperates ? draw_groups * plan.steps * plan.strips : 0;
+  plan.slots = cooperates ? plan.steps * plan.strips : samples ? g.groups * plan.channel_tiles : 0;
+  const int64_t counters = cooperates ? int64_t{draw_groups} * plan.steps : 0;
+  plan.counters_bytes = samples ? round_up((counters + 1) * 4, 256) : 0;
+  plan.slots_bytes = round_up(int64_t{plan.slots} * 8, 256);
+  plan.slabs_bytes =
+      cooperates ? int64_t{g.num_samples} * plan.steps * g.groups * g.K * kRowBytes : 0;
+  return plan;
+}
+
+OutputView output_view(const FpropParams& params) {
+  const int32_t bytes = element_bytes(params.dtype);
+  const int64_t K = params.shape.filters_per_group();
+  const bool grouped = params.shape.groups > 1;
+  OutputView view;
+  view.data = params.output;
+  view.pre_activation = params.pre_activation;
+  view.stride = params.output_stride;
+  view.bias = params.bias;
+  view.activation = params.activation;
+  view.activation_param = params.activation_param;
+  view.pack = output_pack(params.output, params.output_stride, K, grouped, bytes);
+  if (params.pre_activation != nullptr) {
+    const int32_t pack =
+        output_pack(params.pre_activation, params.output_stride, K, grouped, bytes);
+    view.pack = pack < view.pack ? pack : view.pack;
+  }
+  return view;
+}
+
+// Where the product finds its weights: in the slabs, or in the given tensor.
+void place_weights(FpropArgs& args, const FpropPlan& plan, const ConvWeight& weight,
+                   unsigned char* slabs, int32_t bytes) {
+  const int64_t filters = int64_t{args.conv.groups} * args.conv.K;
+  if (plan.source == WeightSource::kCooperative) {
+    args.weight = slabs;
+    args.weight_row = kRowBytes;
+    args.weight_step = filters * kRowBytes;
+    args.weight_draw = plan.steps * args.weight_step;
+    args.weight_bytes = plan.steps * kRowBytes;
+    args.weight_unit = 16;
+  } else if (plan.source == WeightSource::kGiven) {
+    args.weight = static_cast<const unsigned char*>(weight.given);
+    args.weight_bytes = args.conv.columns * bytes;
+    args.weight_row = args.weight_bytes;
+    args.weight_step = kRowBytes;
+    args.weight_draw = filters * args.weight_row;
+    args.weight_unit = 16;
+    while (args.weight_unit > bytes &&
+           (args.weight_bytes % args.weight_unit != 0 ||
+            reinterpret_cast<uintptr_t>(args.weight) % static_cast<uintptr_t>(args.weight_unit))) {
+      args.weight_unit /= 2;
+    }
+  }
+}
+
+FpropArgs make_args(const FpropParams& params, const ConvWeight& weight, const FpropPlan& plan,
+                    unsigned char* workspace) {
+  const int32_t bytes = element_bytes(params.dtype);
+  FpropArgs args = {};
+  args.conv = conv_geometry(params.shape);
+  args.input = params.input;
+  args.input_stride = params.input_stride;
+  args.gather_unit = gather_unit(params.input, params.input_stride, params.shape, bytes);
+  args.step = tap_of(kRowBytes / bytes, args.conv);
+  args.output = output_view(params);
+  args.steps = plan.steps;
+  args.pixel_tiles = plan.pixel_tiles;
+  args.channel_tiles = plan.channel_tiles;
+  args.tiles = plan.tiles;
+  unsigned char* slots = workspace + plan.counters_bytes;
+  unsigned char* slabs = slots + plan.slots_bytes;
+  place_weights(args, plan, weight, slabs, bytes);
+  if (weight.source == WeightSource::kGiven) return args;
+  args.sampler = weight_sampler(weight, params.shape);
+  uint32_t* counters = reinterpret_cast<uint32_t*>(workspace);
+  args.slabs = {slabs, counters + 1, plan.steps, plan.strips, plan.tasks};
+  args.kl = {params.kl, reinterpret_cast<double*>(slots), counters, plan.slots};
+  args.kept = params.kept_weight;
+  return args;
+}
+
+}  // namespace
+
+size_t fprop_workspace(const FpropParams& params, const ConvWeight& weight) {
+  const FpropPlan plan = plan_fprop(params, weight);
+  return static_cast<size_t>(plan.counters_bytes + plan.slots_bytes + plan.slabs_bytes);
+}
+
+int fprop(const FpropParams& params, const ConvWeight& weight, void* workspace,
+          StreamHandle stream) {
+  const FpropPlan plan = plan_fprop(params, weight);
+  const FpropArgs args = make_args(params, weight, plan, static_cast<unsigned char*>(workspace));
+  if (plan.counters_bytes > 0) {
+    const size_t bytes = static_cast<size_t>(plan.counters_bytes);
+    if (const int status = gpu::fill_zero(workspace, bytes, stream)) return status;
+  }
+  switch (params.dtype) {
+    case Dtype::kBFloat16: return launch_fprop<BFloat16>(args, plan, stream);
+    case Dtype::kFloat16: return launch_fprop<Half>(args, plan, stream);
+    default: return launch_fprop<float>(args, plan, stream);
+  }
+}
+
+}  // namespace fbc::cuda

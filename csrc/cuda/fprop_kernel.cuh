@@ -1,0 +1,290 @@
+// Forward convolution as an implicit matrix product on the tensor cores.
+//
+//   output[m][k] = activation(sum over columns of window[m][column] * weight[k][column] + bias[k])
+//
+//   m       pixel (n, p, q) of the rows of one draw        blocks: kPixels of them, of one draw
+//   k       filter of one group                            blocks: kChannels of them, of one group
+//   column  (r * S + s) * C + c of one group               steps of kDepth (64 bytes)
+//
+//                    weights [kChannels][64 B] x stages     one step:
+//                    +--+--+--+                               wait for its copies, sync
+//                    |  |  |  |                               start the copies of a later step
+//   windows          +--+--+--+                               (sample the next step's weights)
+//   [kPixels]  +--+  |        |                               multiply
+//   [64 B]     |  |  |  sums  |  in registers; a warp owns 64 x 32 or 32 x 32 of them
+//              +--+  +--------+
+//
+// Windows are gathered by cp.async with zero fill (conv_geometry.cuh), a stage is free once all
+// warps have passed the barrier after its product. Two kernels, by where weights come from:
+//
+//   fprop_stored    from memory: given, or sampled by all blocks together in a first phase
+//                   (weight_slab.cuh). Persistent: a block takes tiles blockIdx.x, + gridDim.x, ...
+//   fprop_private   each block samples the weights of its tile, one step ahead of the product, half
+//   of
+//                   the warps before and half after their product, so that both units are busy
+//
+// Bounds: pixels beyond the last and columns beyond R * S * C read zeros, channels beyond the
+// group's are not stored. Alignment: gather_unit(), weight_unit, output_pack() say what may be
+// moved at once.
+#pragma once
+
+#include "fprop_args.cuh"
+
+namespace fbc::cuda {
+
+// Neighbouring blocks share the windows of a pixel tile; draws come one after another.
+FBC_DEVICE TilePosition stored_tile(const FpropArgs& args, int32_t tile) {
+  const int32_t channel_tiles = args.channel_tiles * args.conv.groups;
+  const int32_t channel = tile % channel_tiles, rest = tile / channel_tiles;
+  return {rest / args.pixel_tiles, channel / args.channel_tiles, channel % args.channel_tiles,
+          rest % args.pixel_tiles};
+}
+// Neighbouring blocks sample the same weights of different draws: they share loc and scale.
+FBC_DEVICE TilePosition private_tile(const FpropArgs& args, int32_t tile) {
+  const int32_t draw = tile % args.conv.num_samples, rest = tile / args.conv.num_samples;
+  const int32_t channel = rest / args.pixel_tiles;
+  return {draw, channel / args.channel_tiles, channel % args.channel_tiles,
+          rest % args.pixel_tiles};
+}
+
+template <typename T>
+FBC_DEVICE ImageView<T> group_input(const FpropArgs& args, int32_t group) {
+  return {static_cast<const T*>(args.input) + static_cast<int64_t>(group) * args.conv.C,
+          args.input_stride.h, args.input_stride.w, args.step, args.gather_unit};
+}
+
+// Fills the tables of a tile, once every warp has done with those of the tile before.
+template <typename Tile>
+FBC_DEVICE void begin_tile(ConvShared<Tile>& shared, const FpropArgs& args,
+                           const TilePosition& at) {
+  const ConvGeometry& g = args.conv;
+  gpu::sync();
+  const int32_t first = at.pixel_tile * Tile::kPixels;
+  locate_pixels<Tile::kPixels, Tile::kThreads>(shared.rows, first, at.draw, args.input_stride, g);
+  for (int i = static_cast<int>(threadIdx.x); i < Tile::kPixels; i += Tile::kThreads) {
+    int64_t offset = kNoOutput;
+    if (first + i < g.pixels) {
+      const PixelIndex pixel = pixel_index(first + i, g);
+      const ImageStrides& stride = args.output.stride;
+      offset = (int64_t{at.draw} * g.rows + pixel.n) * stride.n + pixel.p * stride.h +
+               pixel.q * stride.w;
+    }
+    shared.out[i] = offset;
+  }
+  gpu::sync();
+}
+
+template <typename T, typename Tile>
+FBC_DEVICE void end_tile(ConvShared<Tile>& shared, const FpropArgs& args, const TilePosition& at,
+                         const Accumulators<Tile>& acc, int warp, int lane) {
+  const int32_t begin = at.group * args.conv.K;
+  const float* bias = args.output.bias;
+  if (bias != nullptr) bias += static_cast<int64_t>(at.draw) * args.conv.groups * args.conv.K;
+  gpu::copy_wait<0>();
+  gpu::sync();
+  store_tile<T, Tile>(acc, shared, args.output, bias, begin + at.channel_tile * Tile::kChannels,
+                      begin + args.conv.K, warp, lane);
+}
+
+// The rows of a weight tile, copied from memory in which a row's step is found by strides.
+template <typename T, typename Tile>
+class StoredRows {
+ public:
+  FBC_DEVICE StoredRows(const FpropArgs& args, const TilePosition& at, int thread)
+      : row_(thread / kRowChunks), chunk_(thread % kRowChunks) {
+    const int32_t first = at.channel_tile * Tile::kChannels;
+    const int64_t k = int64_t{at.group} * args.conv.K + first + row_;
+    rows_ = args.conv.K - first - row_;
+    from_ = args.weight + at.draw * args.weight_draw + k * args.weight_row + chunk_ * 16;
+  }
+  FBC_DEVICE void copy(unsigned char* stage, const FpropArgs& args, int32_t step) const {
+    const unsigned char* from = from_ + step * args.weight_step;
+    const int32_t left = args.weight_bytes - step * kRowBytes - chunk_ * 16;  // of the filter
+    FBC_UNROLL
+    for (int i = 0; i < Tile::kChannels; i += kRowStep) {
+      unsigned char* to = stage + Tile::kWeights + chunk_offset<kRowChunks>(row_ + i, chunk_);
+      const unsigned char* at = from + i * args.weight_row;
+      if (args.weight_unit == 16) {
+        const bool valid = i < rows_ && left > 0;
+        gpu::copy_async<16>(to, valid ? at : args.weight, valid);
+      } else {
+        copy_units(to, at, args, i < rows_ ? left : 0);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kRowStep = Tile::kThreads / kRowChunks;
+  static_assert(Tile::kChannels % kRowStep == 0, "threads share the tile evenly");
+
+  // Filters that begin anywhere: the weights of a first layer, mostly.
+  FBC_DEVICE static void copy_units(unsigned char* to, const unsigned char* from,
+                                    const FpropArgs& args, int32_t left) {
+    for (int32_t b = 0; b < 16; b += args.weight_unit) {
+      const bool valid = b < left;
+      const unsigned char* at = valid ? from + b : args.weight;
+      if (args.weight_unit == 8) {
+        gpu::copy_async<8>(to + b, at, valid);
+      } else if (args.weight_unit == 4) {
+        gpu::copy_async<4>(to + b, at, valid);
+      } else {
+        *reinterpret_cast<uint16_t*>(to + b) =
+            valid ? *reinterpret_cast<const uint16_t*>(at) : uint16_t{0};
+      }
+    }
+  }
+
+  int row_, chunk_;
+  int32_t rows_;
+  const unsigned char* from_;
+};
+
+template <typename T, bool kWide, typename Tile>
+FBC_DEVICE void stored_product(ConvShared<Tile>& shared, const FpropArgs& args,
+                               const TilePosition& at, SlabWatch& watch, Accumulators<Tile>& acc,
+                               int warp, int lane) {
+  constexpr int kStages = Tile::kStages;
+  const int thread = static_cast<int>(threadIdx.x);
+  const ImageView<T> image = group_input<T>(args, at.group);
+  const StoredRows<T, Tile> weights(args, at, thread);
+  PixelGather<T, kWide, Tile::kPixels, Tile::kThreads> gather(thread, args.conv);
+  const auto start = [&](int32_t step) {
+    if (step < args.steps) {
+      unsigned char* stage = shared.stage[step % kStages];
+      gather.copy(stage, shared.rows, image, args.conv);
+      gather.advance(image, args.conv);
+      watch.wait(args.slabs, at.draw, step);
+      weights.copy(stage, args, step);
+    }
+    gpu::copy_commit();
+  };
+  for (int32_t step = 0; step < kStages - 1; ++step) start(step);
+  for (int32_t step = 0; step < args.steps; ++step) {
+    gpu::copy_wait<kStages - 2>();
+    gpu::sync();
+    start(step + kStages - 1);
+    multiply_stage<T, Tile>(acc, shared.stage[step % kStages], warp, lane);
+  }
+}
+
+template <typename T, bool kWide, typename Tile>
+FBC_KERNEL(Tile::kThreads, Tile::kBlocks)
+void fprop_stored(FBC_PARAM FpropArgs args) {
+  ConvShared<Tile>& shared = conv_shared<Tile>();
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  SlabWatch watch = {INT32_MAX};
+  if (args.slabs.tasks > 0) {
+    sample_slabs<T, Tile::kThreads>(args.slabs, args.sampler, args.conv.num_samples,
+                                    kept_weight<T>(args.kept, args.sampler), args.kl,
+                                    shared.scratch);
+    watch.ready = 0;
+  }
+  for (int32_t tile = static_cast<int32_t>(blockIdx.x); tile < args.tiles;
+       tile += static_cast<int32_t>(gridDim.x)) {
+    const TilePosition at = stored_tile(args, tile);
+    Accumulators<Tile> acc;
+    acc.clear();
+    begin_tile(shared, args, at);
+    stored_product<T, kWide, Tile>(shared, args, at, watch, acc, warp, lane);
+    end_tile<T, Tile>(shared, args, at, acc, warp, lane);
+  }
+}
+
+// Samples the weights of one step of the tile into its stage.
+template <typename T, typename Tile>
+FBC_DEVICE void sample_stage(unsigned char* stage, const FpropArgs& args, const TilePosition& at,
+                             NoiseKey key, int32_t step) {
+  constexpr int kRowQuads = kDepth<T> / 4, kQuads = Tile::kChannels * kRowQuads;
+  static_assert(kQuads % Tile::kThreads == 0, "threads share the tile evenly");
+  const WeightSampler& w = args.sampler;
+  FBC_ROLLED
+  for (int number = static_cast<int>(threadIdx.x); number < kQuads; number += Tile::kThreads) {
+    const int row = number / kRowQuads, element = number % kRowQuads * 4;
+    const int32_t filter = at.channel_tile * Tile::kChannels + row;
+    const int32_t k = at.group * args.conv.K + filter, column = step * kDepth<T> + element;
+    float value[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (filter < args.conv.K && column < w.columns) {
+      float eps[4];
+      draw_eps_quad(w, key, k, column, eps);
+      combine_quad(load_weight_quad(w, k, column, w.columns), eps, value);
+      if (args.kept != nullptr && at.pixel_tile == 0) {
+        kept_weight<T>(args.kept, w).store(w, at.draw, k, column, value);
+      }
+    }
+    store_weight_quad(
+        reinterpret_cast<T*>(stage + Tile::kWeights + tile_offset<T, kRowChunks>(row, element)),
+        value);
+  }
+}
+
+// The divergence of the tile's filters, after the product: inside it would cost it registers.
+template <typename Tile>
+FBC_DEVICE void sum_kl_of_tile(ConvShared<Tile>& shared, const FpropArgs& args,
+                               const TilePosition& at) {
+  const WeightSampler& w = args.sampler;
+  const int32_t first = at.channel_tile * Tile::kChannels, left = args.conv.K - first;
+  const int32_t filters = left < Tile::kChannels ? left : Tile::kChannels;
+  const int32_t row_quads = covers(w.columns, 4);
+  double kl = 0.0;
+  for (int32_t number = static_cast<int32_t>(threadIdx.x); number < filters * row_quads;
+       number += Tile::kThreads) {
+    const int32_t k = at.group * args.conv.K + first + number / row_quads;
+    const int32_t column = number % row_quads * 4;
+    kl += kl_of_quad(w, load_weight_quad(w, k, column, w.columns), k, column);
+  }
+  kl = block_sum<Tile::kThreads>(kl, shared.scratch, 0);
+  if (threadIdx.x == 0) args.kl.slot[at.group * args.channel_tiles + at.channel_tile] = kl;
+  finish_kl<Tile::kThreads>(args.kl, static_cast<uint32_t>(args.kl.slots), shared.scratch);
+}
+
+template <typename T, bool kWide, typename Tile>
+FBC_DEVICE void private_product(ConvShared<Tile>& shared, const FpropArgs& args,
+                                const TilePosition& at, Accumulators<Tile>& acc, int warp,
+                                int lane) {
+  constexpr int kStages = Tile::kStages;
+  const ImageView<T> image = group_input<T>(args, at.group);
+  const NoiseKey key = draw_key(args.sampler, at.draw);
+  const bool late = (warp & 4) != 0;  // of two warps on one scheduler one samples, one multiplies
+  PixelGather<T, kWide, Tile::kPixels, Tile::kThreads> gather(static_cast<int>(threadIdx.x),
+                                                              args.conv);
+  const auto start = [&](int32_t step) {
+    if (step < args.steps) {
+      gather.copy(shared.stage[step % kStages], shared.rows, image, args.conv);
+      gather.advance(image, args.conv);
+    }
+    gpu::copy_commit();
+  };
+  for (int32_t step = 0; step < kStages - 1; ++step) start(step);
+  sample_stage<T, Tile>(shared.stage[0], args, at, key, 0);
+  for (int32_t step = 0; step < args.steps; ++step) {
+    gpu::copy_wait<kStages - 2>();
+    gpu::sync();
+    start(step + kStages - 1);
+    const unsigned char* stage = shared.stage[step % kStages];
+    if (late) multiply_stage<T, Tile>(acc, stage, warp, lane);
+    if (step + 1 < args.steps) {
+      sample_stage<T, Tile>(shared.stage[(step + 1) % kStages], args, at, key, step + 1);
+    }
+    if (!late) multiply_stage<T, Tile>(acc, stage, warp, lane);
+  }
+}
+
+template <typename T, bool kWide, typename Tile>
+FBC_KERNEL(Tile::kThreads, Tile::kBlocks)
+void fprop_private(FBC_PARAM FpropArgs args) {
+  ConvShared<Tile>& shared = conv_shared<Tile>();
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  if (threadIdx.x == 0) shared.at = private_tile(args, static_cast<int32_t>(blockIdx.x));
+  gpu::sync();
+  const TilePosition& at = shared.at;  // rather than in registers, of which the product needs all
+  Accumulators<Tile> acc;
+  acc.clear();
+  begin_tile(shared, args, at);
+  private_product<T, kWide, Tile>(shared, args, at, acc, warp, lane);
+  end_tile<T, Tile>(shared, args, at, acc, warp, lane);
+  if (args.kl.out != nullptr && at.draw == 0 && at.pixel_tile == 0) {
+    sum_kl_of_tile<Tile>(shared, args, at);
+  }
+}
+
+}  // namespace fbc::cuda
