@@ -11,7 +11,7 @@ constexpr int64_t kMaxPixels = int64_t{1} << 30;   // of a draw; tiles of a laun
 constexpr int64_t kMaxColumns = int64_t{1} << 26;  // of the matrix product; its bytes fit too
 constexpr int64_t kMaxReach = int64_t{1} << 29;    // of a coordinate, padding included
 
-int64_t covers(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
+int64_t tiles_of(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
 // a * b * ... <= limit, without overflow.
 bool within(int64_t limit, std::initializer_list<int64_t> factors) {
@@ -59,8 +59,8 @@ const char* one_pass_cannot(const ConvShape& s, Dtype dtype) {
   const int64_t pixels = rows * (s.P * s.Q > s.H * s.W ? s.P * s.Q : s.H * s.W);
   const int64_t channels = C > K ? C : K, longest = s.R * s.S * channels;
   if (!within(kMaxPixels,
-              {s.num_samples, s.groups, covers(pixels, 64) + 1, covers(channels, 64)}) ||
-      !within(kMaxPixels, {s.num_samples, covers(longest, 16), s.groups * channels})) {
+              {s.num_samples, s.groups, tiles_of(pixels, 64) + 1, tiles_of(channels, 64)}) ||
+      !within(kMaxPixels, {s.num_samples, tiles_of(longest, 16), s.groups * channels})) {
     return "the launch has more than 2^30 tiles";
   }
   return nullptr;
@@ -75,10 +75,10 @@ const char* one_pass_cannot(const ConvShape& s, Dtype dtype) {
 WeightSource best_source(const ConvShape& s) {
   if (s.num_samples > 1 && s.rows_per_sample() == 1) return WeightSource::kPrivate;
   const int64_t columns = s.R * s.S * s.channels_per_group(), filters = s.filters_per_group();
-  const int64_t tiles = s.num_samples * s.groups * covers(filters, kTileChannels) *
-                        covers(s.rows_per_sample() * s.P * s.Q, kTilePixels);
+  const int64_t tiles = s.num_samples * s.groups * tiles_of(filters, kTileChannels) *
+                        tiles_of(s.rows_per_sample() * s.P * s.Q, kTilePixels);
   const int64_t of_tile = columns * (filters < kTileChannels ? filters : kTileChannels);
-  const int64_t private_cost = covers(tiles, kMultiprocessors) * of_tile;
+  const int64_t private_cost = tiles_of(tiles, kMultiprocessors) * of_tile;
   const int64_t weights = s.num_samples * s.K * columns;
   int64_t cooperative_cost = weights / kMultiprocessors;
   if (2 * weights > kCachedBytes) cooperative_cost += cooperative_cost / 3;

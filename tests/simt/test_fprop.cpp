@@ -1,0 +1,174 @@
+// fprop() on the interpreter: whole numbers compared for equality, sampled weights replayed, and the
+// three sources of weights against one another, bit by bit.
+#include "cuda/fprop.cu"
+#include "cuda/fprop_bfloat16.cu"
+#include "cuda/fprop_float16.cu"
+#include "cuda/fprop_float32.cu"
+
+#include "conv_reference.h"
+
+namespace {
+
+using fbc::cuda::WeightSource;
+using fbc::test::Forward;
+using fbc::test::ForwardLayout;
+using fbc::test::GradientCase;
+using fbc::test::Suite;
+using std::string;
+
+constexpr WeightSource kSources[] = {WeightSource::kGiven, WeightSource::kCooperative,
+                                     WeightSource::kPrivate};
+const char* name_of(WeightSource source) {
+  return source == WeightSource::kGiven         ? "given"
+         : source == WeightSource::kCooperative ? "cooperative"
+                                                : "private";
+}
+
+// Beside the shapes of the gradients: sizes around this kernel's tiles and steps.
+std::vector<GradientCase> forward_cases() {
+  std::vector<GradientCase> cases = fbc::test::gradient_cases();
+  const std::vector<GradientCase> more = {
+      {"63 pixels, 63 filters", 7, 8, 3, 3, 63, 1, 1},
+      {"65 pixels, 65 filters", 5, 8, 13, 1, 65, 1, 1},
+      {"columns 31", 1, 31, 4, 4, 8, 1, 1},
+      {"columns 32", 1, 32, 4, 4, 8, 1, 1},
+      {"columns 33", 1, 33, 4, 4, 8, 1, 1},
+      {"columns 108, 4 channels", 2, 12, 5, 4, 9, 3, 3, 1, 1, 1, 1, 1, 1},
+      {"2 channels", 2, 2, 5, 4, 9, 3, 3, 1, 1, 1, 1, 1, 1},
+      {"4 channels, stride 2", 2, 4, 7, 6, 12, 3, 3, 2, 2, 1, 1, 1, 1},
+      {"257 pixels", 1, 16, 257, 1, 20, 3, 3, 1, 1, 1, 1, 1, 1},
+      {"5 draws of 70 pixels", 5, 16, 7, 10, 70, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 5},
+      {"9 draws share", 1, 8, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 9, true},
+      {"no pixels", 1, 8, 2, 2, 8, 3, 3},
+      {"no rows", 0, 8, 4, 4, 8, 3, 3},
+  };
+  cases.insert(cases.end(), more.begin(), more.end());
+  return cases;
+}
+// These fill a GPU with large tiles.
+std::vector<GradientCase> large_cases() {
+  return {
+      {"128 x 128 tiles", 1, 8, 13, 10, 100, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 60, true},
+      {"128 x 128 tiles, c3", 1, 3, 13, 10, 70, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 60, true},
+      {"256 x 64 tiles", 1, 8, 13, 20, 33, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 60, true},
+      {"256 x 64 tiles, c5", 1, 5, 13, 20, 33, 3, 2, 1, 1, 1, 1, 0, 1, 1, 1, 1, 60, true},
+      {"128 x 128 tiles, 5 steps", 120, 32, 4, 4, 128, 5, 1, 1, 1, 2, 2, 0, 0, 1, 1, 1, 120},
+  };
+}
+
+template <typename T>
+void check_exact(Suite& suite, const GradientCase& c) {
+  ForwardLayout layout;
+  layout.kept = true;
+  Forward<T> forward(c, layout, true, suite.random);
+  for (const WeightSource source : kSources) {
+    const string what = string(c.name) + ", " + name_of(source);
+    if (!suite.launched(what.c_str(), forward.run(source))) continue;
+    // Whole numbers above 256 are not all bfloat16: the exact sum is rounded once.
+    std::vector<T> want;
+    for (const double z : forward.want) want.push_back(fbc::test::from_double<T>(z));
+    suite.exact(what, forward.output.values(), want);
+    if (source == WeightSource::kGiven) continue;
+    suite.same_bits(what + ", kept", forward.kept, forward.given);
+    suite.expect(forward.kl[0] == 0.0f, "%s: KL of a point mass %g", what.c_str(),
+                 double{forward.kl[0]});
+  }
+}
+
+// Absolute error allowed: of the float32 sums, and of one rounding to T.
+template <typename T>
+std::vector<double> tolerance(const Forward<T>& forward) {
+  const double columns =
+      static_cast<double>(forward.shape.R * forward.shape.S * forward.shape.channels_per_group());
+  std::vector<double> allowed;
+  for (size_t i = 0; i < forward.want.size(); ++i) {
+    allowed.push_back(forward.bound[i] * (columns + 2) * 0x1p-24 +
+                      std::fabs(forward.want[i]) * fbc::test::kUlp<T> + 0x1p-24);
+  }
+  return allowed;
+}
+
+template <typename T>
+void check_replayed(Suite& suite, const GradientCase& c, const ForwardLayout& layout) {
+  Forward<T> forward(c, layout, false, suite.random);
+  const std::vector<double> allowed = tolerance(forward);
+  fbc::test::Buffer<T> first;
+  for (const WeightSource source : kSources) {
+    const string what = string(c.name) + ", " + name_of(source);
+    if (!suite.launched(what.c_str(), forward.run(source))) continue;
+    suite.bounded(what, forward.output.values(), forward.want, allowed, 1.0);
+    if (source == WeightSource::kGiven) {
+      first = forward.output.memory;
+      continue;
+    }
+    suite.same_bits(what + ", against given", forward.output.memory, first);
+    suite.same_bits(what + ", kept", forward.kept, forward.given);
+    const double got = double{forward.kl[0]}, want = forward.want_kl();
+    suite.expect(std::fabs(got - want) <= 4e-6 * std::fabs(want), "%s: KL %.9g, want %.9g",
+                 what.c_str(), got, want);
+  }
+}
+
+template <typename T>
+void check_all(Suite& suite, const char* type) {
+  const std::vector<GradientCase> cases = forward_cases();
+  const size_t step = suite.quick ? 5 : 1;
+  suite.group(string("whole numbers, ") + type);
+  for (size_t i = 0; i < cases.size(); i += step) check_exact<T>(suite, cases[i]);
+  suite.group(string("replayed, ") + type);
+  ForwardLayout layout;
+  layout.kept = true;
+  for (size_t i = 0; i < cases.size(); i += step) check_replayed<T>(suite, cases[i], layout);
+}
+
+template <typename T>
+void check_large(Suite& suite, const GradientCase& c) {
+  ForwardLayout layout;
+  layout.kept = true;
+  check_replayed<T>(suite, c, layout);
+}
+
+// However many blocks are resident, the result has the same bits.
+template <typename T>
+void check_residency(Suite& suite, const GradientCase& c) {
+  ForwardLayout layout;
+  layout.kept = true;
+  Forward<T> forward(c, layout, false, suite.random);
+  fbc::test::Buffer<T> output, kept;
+  fbc::test::Buffer<float> kl;
+  for (const int blocks : {6, 1, 2, 7}) {
+#if !defined(__CUDACC__)
+    fbc::simt::settings().resident_blocks = blocks;
+#endif
+    const string what = string(c.name) + ", " + std::to_string(blocks) + " blocks";
+    if (!suite.launched(what.c_str(), forward.run(WeightSource::kCooperative))) continue;
+    if (output.empty()) output = forward.output.memory, kept = forward.kept, kl = forward.kl;
+    suite.same_bits(what, forward.output.memory, output);
+    suite.same_bits(what + ", kept", forward.kept, kept);
+    suite.same_bits(what + ", KL", forward.kl, kl);
+  }
+#if !defined(__CUDACC__)
+  fbc::simt::settings().resident_blocks = 6;
+#endif
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Suite suite(argc, argv);
+  check_all<fbc::BFloat16>(suite, "bfloat16");
+  check_all<fbc::Half>(suite, "float16");
+  check_all<float>(suite, "tf32");
+  suite.group("large tiles");
+  const std::vector<GradientCase> large = large_cases();
+  for (size_t i = 0; i < large.size(); ++i) {
+    if (!suite.quick || i == 0) check_large<fbc::BFloat16>(suite, large[i]);
+    if (!suite.quick && i < 3) check_large<float>(suite, large[i]);
+  }
+  suite.group("number of resident blocks");
+  check_residency<fbc::BFloat16>(
+      suite, {"72 filters", 2, 24, 7, 6, 72, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2});
+  check_residency<float>(suite,
+                         {"5 draws", 1, 8, 9, 8, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 5, true});
+  return suite.finish();
+}
