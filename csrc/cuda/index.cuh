@@ -6,11 +6,12 @@
 #include "divisor.cuh"
 #include "gpu.cuh"
 
-// A loop that stays one: under g++ there is nothing to say.
+// How often the loop that follows is unrolled; 1: it stays a loop. g++ is told nothing.
 #if defined(__CUDACC__)
-#define FBC_NO_UNROLL _Pragma("unroll 1")
+#define FBC_PRAGMA(text) _Pragma(#text)
+#define FBC_UNROLL_BY(count) FBC_PRAGMA(unroll count)
 #else
-#define FBC_NO_UNROLL
+#define FBC_UNROLL_BY(count)
 #endif
 
 namespace fbc::cuda {

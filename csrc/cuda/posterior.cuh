@@ -25,8 +25,6 @@ namespace fbc::cuda {
 constexpr int kEntryThreads = 256;
 constexpr int kQuadsPerThread = 2;
 constexpr int kChunkQuads = kEntryThreads * kQuadsPerThread;
-// Two waves of four blocks on each of 132 multiprocessors; more chunks than that are strided over.
-constexpr int64_t kEntryBlocks = 1056;
 
 struct ElementMap {
   Radix radix;         // of an element number; of a quad's number where taps_fastest
@@ -108,18 +106,14 @@ bool is_packed(const void* data, const WeightStrides& stride, const PosteriorPar
 }
 
 inline int64_t chunks_of(const ElementMap& map) { return (map.quads + kChunkQuads - 1) / kChunkQuads; }
-inline int64_t size_of(Dtype dtype) {
+FBC_INLINE int64_t size_of(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 template <typename T>
+constexpr Dtype kDtypeOf = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+template <typename T>
 bool can_store(Dtype dtype) {
   return sizeof(T) == 8 ? dtype == Dtype::kFloat64 : dtype != Dtype::kFloat64;
-}
-
-template <typename Entry, int kCapacity>
-dim3 grid_of(const Table<Entry, kCapacity>& table) {
-  const int64_t chunks = table.first_chunk[table.count];
-  return dim3(static_cast<unsigned>(chunks < 1 ? 1 : chunks < kEntryBlocks ? chunks : kEntryBlocks));
 }
 
 // ---- device ---------------------------------------------------------------------------------------
@@ -183,87 +177,111 @@ FBC_DEVICE int64_t offset_of_quad(const ElementMap& map, const Quad& quad,
   return kDense || map.one_row ? quad.first * stride.c : offset_of(quad.at, stride);
 }
 
-// value[i] = element i; 0 where there is none. The loop over quads that cross rows stays a loop: they
-// are rare, and unrolled they would cost the registers of everybody.
-template <bool kDense, typename T>
-FBC_DEVICE void load_quad(const ElementMap& map, const Quad& quad, const T* data,
-                          const WeightStrides& stride, bool packed, acc_t<T> (&value)[4]) {
+// Where element i lies, whatever the quad.
+template <bool kDense>
+FBC_DEVICE int64_t offset_of_element(const ElementMap& map, const Quad& quad, int i,
+                                     const WeightStrides& stride) {
+  if (kDense || map.whole) return offset_of_quad<kDense>(map, quad, stride) + i * stride.c;
+  return offset_of(digits_of(map.radix, quad.first + i), stride);
+}
+
+// Storage types known at run time; double goes with double only. A constant dtype folds away.
+template <typename T>
+FBC_DEVICE T read_as(Dtype dtype, const void* from) {
+  if constexpr (sizeof(T) == 8) {
+    return *static_cast<const double*>(from);
+  } else {
+    if (dtype == Dtype::kFloat32) return *static_cast<const float*>(from);
+    if (dtype == Dtype::kBFloat16) return load_as_acc(static_cast<const BFloat16*>(from));
+    return load_as_acc(static_cast<const Half*>(from));
+  }
+}
+template <typename T>
+FBC_DEVICE void read_pack_as(Dtype dtype, const void* from, T (&value)[4]) {
+  if constexpr (sizeof(T) == 8) {
+    load_pack(static_cast<const double*>(from), value);
+  } else {
+    if (dtype == Dtype::kFloat32) return load_pack(static_cast<const float*>(from), value);
+    if (dtype == Dtype::kBFloat16) return load_pack(static_cast<const BFloat16*>(from), value);
+    load_pack(static_cast<const Half*>(from), value);
+  }
+}
+template <typename T>
+FBC_DEVICE void write_as(Dtype dtype, void* to, T value) {
+  if constexpr (sizeof(T) == 8) {
+    *static_cast<double*>(to) = value;
+  } else {
+    if (dtype == Dtype::kFloat32) return store_one(static_cast<float*>(to), value);
+    if (dtype == Dtype::kBFloat16) return store_one(static_cast<BFloat16*>(to), value);
+    store_one(static_cast<Half*>(to), value);
+  }
+}
+template <typename T>
+FBC_DEVICE void write_pack_as(Dtype dtype, void* to, const T (&value)[4]) {
+  if constexpr (sizeof(T) == 8) {
+    store_pack(static_cast<double*>(to), value);
+  } else {
+    if (dtype == Dtype::kFloat32) return store_pack(static_cast<float*>(to), value);
+    if (dtype == Dtype::kBFloat16) return store_pack(static_cast<BFloat16*>(to), value);
+    store_pack(static_cast<Half*>(to), value);
+  }
+}
+
+// value[i] = element i, 0 where there is none. Addresses are formed in bytes, so that one is kept for
+// all dtypes. What is rare stays a loop (quads that cross rows; with kRare all that are not packed):
+// unrolled it would cost the registers of everybody.
+template <bool kDense, bool kRare = false, typename T>
+FBC_DEVICE void load_quad(Dtype dtype, const ElementMap& map, const Quad& quad, const void* data,
+                          const WeightStrides& stride, bool packed, T (&value)[4]) {
+  const auto* const base = static_cast<const unsigned char*>(data);
+  const int64_t bytes = size_of(dtype);
+  if (packed && is_full<kDense>(map, quad)) {
+    return read_pack_as(dtype, base + offset_of_quad<kDense>(map, quad, stride) * bytes, value);
+  }
   FBC_UNROLL
-  for (int i = 0; i < 4; ++i) value[i] = acc_t<T>(0);
-  if (kDense || map.whole) {
-    const T* const from = data + offset_of_quad<kDense>(map, quad, stride);
-    if (packed && is_full<kDense>(map, quad)) {
-      load_pack(from, value);
-      return;
-    }
+  for (int i = 0; i < 4; ++i) value[i] = T(0);
+  if (!kRare && (kDense || map.whole)) {
+    const auto* const from = base + offset_of_quad<kDense>(map, quad, stride) * bytes;
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) {
-      if (has_element<kDense>(map, quad, i)) value[i] = load_as_acc(from + i * stride.c);
+      if (has_element<kDense>(map, quad, i)) {
+        value[i] = read_as<T>(dtype, from + i * stride.c * bytes);
+      }
     }
     return;
   }
-  if constexpr (!kDense) {
-    FBC_NO_UNROLL
+  if constexpr (kRare || !kDense) {
+    FBC_UNROLL_BY(1)
     for (int i = 0; i < 4; ++i) {
       if (!has_element<kDense>(map, quad, i)) continue;
-      const T* const from = data + offset_of(digits_of(map.radix, quad.first + i), stride);
-      const acc_t<T> x = load_as_acc(from);
+      const T x = read_as<T>(dtype, base + offset_of_element<kDense>(map, quad, i, stride) * bytes);
       FBC_UNROLL
       for (int j = 0; j < 4; ++j) value[j] = i == j ? x : value[j];
     }
   }
 }
 template <bool kDense, typename T>
-FBC_DEVICE void store_quad(const ElementMap& map, const Quad& quad, T* data,
-                           const WeightStrides& stride, bool packed, const acc_t<T> (&value)[4]) {
+FBC_DEVICE void store_quad(Dtype dtype, const ElementMap& map, const Quad& quad, void* data,
+                           const WeightStrides& stride, bool packed, const T (&value)[4]) {
+  auto* const base = static_cast<unsigned char*>(data);
+  const int64_t bytes = size_of(dtype);
   if (kDense || map.whole) {
-    T* const to = data + offset_of_quad<kDense>(map, quad, stride);
-    if (packed && is_full<kDense>(map, quad)) {
-      store_pack(to, value);
-      return;
-    }
+    auto* const to = base + offset_of_quad<kDense>(map, quad, stride) * bytes;
+    if (packed && is_full<kDense>(map, quad)) return write_pack_as(dtype, to, value);
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) {
-      if (has_element<kDense>(map, quad, i)) store_one(to + i * stride.c, value[i]);
+      if (has_element<kDense>(map, quad, i)) write_as(dtype, to + i * stride.c * bytes, value[i]);
     }
     return;
   }
   if constexpr (!kDense) {
-    FBC_NO_UNROLL
+    FBC_UNROLL_BY(1)
     for (int i = 0; i < 4; ++i) {
       if (!has_element<kDense>(map, quad, i)) continue;
-      const acc_t<T> x = i < 2 ? (i == 0 ? value[0] : value[1]) : (i == 2 ? value[2] : value[3]);
-      store_one(data + offset_of(digits_of(map.radix, quad.first + i), stride), x);
+      const int64_t at = offset_of_element<kDense>(map, quad, i, stride);
+      const T x = i < 2 ? (i == 0 ? value[0] : value[1]) : (i == 2 ? value[2] : value[3]);
+      write_as(dtype, base + at * bytes, x);
     }
-  }
-}
-
-// The same for a tensor whose dtype is known at run time; double goes with double only.
-template <bool kDense, typename T>
-FBC_DEVICE void load_quad_as(Dtype dtype, const ElementMap& map, const Quad& quad, const void* data,
-                             int64_t at, const WeightStrides& stride, bool packed, T (&value)[4]) {
-  if constexpr (sizeof(T) == 8) {
-    load_quad<kDense>(map, quad, static_cast<const double*>(data) + at, stride, packed, value);
-  } else if (dtype == Dtype::kFloat32) {
-    load_quad<kDense>(map, quad, static_cast<const float*>(data) + at, stride, packed, value);
-  } else if (dtype == Dtype::kBFloat16) {
-    load_quad<kDense>(map, quad, static_cast<const BFloat16*>(data) + at, stride, packed, value);
-  } else {
-    load_quad<kDense>(map, quad, static_cast<const Half*>(data) + at, stride, packed, value);
-  }
-}
-template <bool kDense, typename T>
-FBC_DEVICE void store_quad_as(Dtype dtype, const ElementMap& map, const Quad& quad, void* data,
-                              int64_t at, const WeightStrides& stride, bool packed,
-                              const T (&value)[4]) {
-  if constexpr (sizeof(T) == 8) {
-    store_quad<kDense>(map, quad, static_cast<double*>(data) + at, stride, packed, value);
-  } else if (dtype == Dtype::kFloat32) {
-    store_quad<kDense>(map, quad, static_cast<float*>(data) + at, stride, packed, value);
-  } else if (dtype == Dtype::kBFloat16) {
-    store_quad<kDense>(map, quad, static_cast<BFloat16*>(data) + at, stride, packed, value);
-  } else {
-    store_quad<kDense>(map, quad, static_cast<Half*>(data) + at, stride, packed, value);
   }
 }
 

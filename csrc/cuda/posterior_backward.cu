@@ -6,8 +6,7 @@
 //   grad_rho  = (by_scale + grad_kl * dKL/dscale) * sigmoid(rho)
 //   grad_prior_loc, grad_prior_scale = grad_kl * dKL/dprior_loc, dprior_scale
 //
-// Who owns what (posterior.cuh): a block takes chunks blockIdx.x, + gridDim.x, ...; a thread two quads
-// of a chunk, so every sum of an element is made by one thread: no order depends on the grid. No tile,
+// Who owns what (posterior.cuh): block b takes chunk b of the table, a thread two of its quads, so every sum of an element is made by one thread: no order depends on the grid. No tile,
 // no shared memory. Per element and draw 4 (2) bytes of gradient a slab, 8 of parameters, 8 written.
 //
 // Bounds: any strides, extents and element_offset; elements that do not exist load as 0 and are never
@@ -32,17 +31,20 @@ template <typename T>
 using GradRow = TableRow<PosteriorGradEntry<T>>;
 
 // ---- device ---------------------------------------------------------------------------------------
-// Sum over slabs, in order.
-template <bool kDense, typename T>
-FBC_DEVICE void sum_slabs_of_quad(const GradRow<T>& row, const Quad& quad, const void* grad,
-                                  int64_t at, T (&sum)[4]) {
+// sum = sum over slabs, in order. Slabs come dense from the weight gradient's kernel.
+template <bool kDense, bool kRare, typename T>
+FBC_DEVICE void sum_slabs(const GradRow<T>& row, const Quad& quad, const void* grad, T (&sum)[4]) {
   const PosteriorGradEntry<T>& e = row.entry;
   const bool packed = row.packed >> kByWeight & 1u;
-  load_quad_as<kDense>(e.grad_dtype, row.map, quad, grad, at, e.grad_stride, packed, sum);
-  for (int64_t slab = 1; slab < e.slabs; ++slab) {
+  const int64_t step = e.grad_slab_stride * size_of(e.grad_dtype);
+  const auto* data = static_cast<const unsigned char*>(grad);
+  load_quad<kDense, kRare>(e.grad_dtype, row.map, quad, data, e.grad_stride, packed, sum);
+  constexpr int kInFlight = kDense ? 2 : 1;
+  FBC_UNROLL_BY(kInFlight)
+  for (int slab = 1; slab < static_cast<int>(e.slabs); ++slab) {
     T value[4];
-    load_quad_as<kDense>(e.grad_dtype, row.map, quad, grad, at + slab * e.grad_slab_stride,
-                         e.grad_stride, packed, value);
+    data += step;
+    load_quad<kDense, true>(e.grad_dtype, row.map, quad, data, e.grad_stride, packed, value);
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) sum[i] += value[i];
   }
@@ -50,34 +52,31 @@ FBC_DEVICE void sum_slabs_of_quad(const GradRow<T>& row, const Quad& quad, const
 
 // by_loc and by_scale from the gradients of all draws.
 template <bool kDense, typename T>
-FBC_DEVICE void sum_draws_of_quad(const GradRow<T>& row, const Quad& quad, T (&by_loc)[4],
-                                  T (&by_scale)[4]) {
+FBC_DEVICE void sum_draws(const GradRow<T>& row, const Quad& quad, T (&by_loc)[4],
+                          T (&by_scale)[4]) {
   const PosteriorGradEntry<T>& e = row.entry;
   const PosteriorParams<T>& p = e.posterior;
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) by_loc[i] = by_scale[i] = T(0);
   if (e.grad_weight == nullptr) return;
-  const bool with_eps = e.grad_rho != nullptr && e.grad_weight_eps == nullptr;
-  NoiseKey noise = {};
-  if (with_eps) {
-    noise = {static_cast<uint64_t>(e.seed[0]), static_cast<uint64_t>(e.seed[1]) + p.noise.offset};
-  }
-  for (int64_t s = 0; s < e.num_samples; ++s) {
+  const auto* data = static_cast<const unsigned char*>(e.grad_weight);
+  FBC_UNROLL_BY(1)
+  for (int s = 0; s < static_cast<int>(e.num_samples); ++s) {
     T grad[4];
-    sum_slabs_of_quad<kDense>(row, quad, e.grad_weight, s * e.grad_sample_stride, grad);
-    if (with_eps) {
-      float eps[4];
-      normals_of(noise, p.stream, p.element_offset, quad, eps);
-      FBC_UNROLL
-      for (int i = 0; i < 4; ++i) by_scale[i] += grad[i] * static_cast<T>(eps[i]);
-      ++noise.offset;
-    }
+    sum_slabs<kDense, false>(row, quad, data, grad);
+    data += e.grad_sample_stride * size_of(e.grad_dtype);
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) by_loc[i] += grad[i];
+    if (e.seed == nullptr) continue;
+    const NoiseKey noise = {static_cast<uint64_t>(e.seed[0]),
+                            static_cast<uint64_t>(e.seed[1]) + p.noise.offset +
+                                static_cast<uint64_t>(s)};
+    float eps[4];
+    normals_of(noise, p.stream, p.element_offset, quad, eps);
+    FBC_UNROLL
+    for (int i = 0; i < 4; ++i) by_scale[i] += grad[i] * static_cast<T>(eps[i]);
   }
-  if (e.grad_weight_eps != nullptr && e.grad_rho != nullptr) {
-    sum_slabs_of_quad<kDense>(row, quad, e.grad_weight_eps, 0, by_scale);
-  }
+  if (e.grad_weight_eps != nullptr) sum_slabs<kDense, true>(row, quad, e.grad_weight_eps, by_scale);
 }
 
 // The prior of four elements. posterior.prior_scale_value holds its inverse: the host has divided.
@@ -88,11 +87,11 @@ FBC_DEVICE void load_prior(const GradRow<T>& row, const Quad& quad, T (&center)[
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) center[i] = p.prior_loc_value, inverse[i] = p.prior_scale_value;
   if (p.prior_loc != nullptr) {
-    load_quad<kDense>(row.map, quad, p.prior_loc, p.prior_loc_stride,
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_loc, p.prior_loc_stride,
                       row.packed >> kByPriorLoc & 1u, center);
   }
   if (p.prior_scale != nullptr) {
-    load_quad<kDense>(row.map, quad, p.prior_scale, p.prior_scale_stride,
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_scale, p.prior_scale_stride,
                       row.packed >> kByPriorScale & 1u, inverse);
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) inverse[i] = inverse_of_scale(inverse[i]);
@@ -103,27 +102,32 @@ template <bool kDense, typename T>
 FBC_DEVICE void store_gradient(const GradRow<T>& row, const Quad& quad, T* data,
                                const WeightStrides& stride, GradTensor tensor, const T (&value)[4]) {
   if (data == nullptr) return;
-  store_quad<kDense>(row.map, quad, data, stride, row.packed >> tensor & 1u, value);
+  store_quad<kDense>(kDtypeOf<T>, row.map, quad, data, stride, row.packed >> tensor & 1u, value);
 }
 
+// Rare: reads the parameters once more rather than keep them.
 template <bool kDense, typename T>
-FBC_DEVICE void store_prior_gradients(const GradRow<T>& row, const Quad& quad, T grad_kl,
-                                      const T (&loc)[4], const T (&rho)[4], const T (&center)[4],
-                                      const T (&inverse)[4]) {
+FBC_DEVICE void store_prior_gradients(const GradRow<T>& row, const Quad& quad, T grad_kl) {
   const PosteriorGradEntry<T>& e = row.entry;
-  T by_loc[4], by_scale[4];
+  const PosteriorParams<T>& p = e.posterior;
+  T loc[4], rho[4], center[4], inverse[4];
+  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.loc, p.loc_stride, row.packed >> kByLoc & 1u, loc);
+  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.rho, p.rho_stride, row.packed >> kByRho & 1u, rho);
+  load_prior<kDense>(row, quad, center, inverse);
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) {
     T t;
-    const T scale = scale_from_rho(rho[i], e.posterior.scale_floor, &t);
+    const T scale = scale_from_rho(rho[i], p.scale_floor, &t);
     const PriorGrad<T> g = kl_prior_grad(grad_kl, loc[i], scale, center[i], inverse[i]);
-    by_loc[i] = g.loc, by_scale[i] = g.scale;
+    loc[i] = g.loc, rho[i] = g.scale;
   }
-  store_gradient<kDense>(row, quad, e.grad_prior_loc, e.grad_prior_loc_stride, kGradPriorLoc, by_loc);
+  store_gradient<kDense>(row, quad, e.grad_prior_loc, e.grad_prior_loc_stride, kGradPriorLoc, loc);
   store_gradient<kDense>(row, quad, e.grad_prior_scale, e.grad_prior_scale_stride, kGradPriorScale,
-                         by_scale);
+                         rho);
 }
 
+// grad_loc is stored before rho is read, except where registers are plenty: the two halves of
+// posterior_grad() need different parameters.
 template <bool kDense, typename T>
 FBC_DEVICE void finish_quad(const GradRow<T>& row, const Quad& quad, T grad_kl, T (&by_loc)[4],
                             T (&by_scale)[4]) {
@@ -134,20 +138,26 @@ FBC_DEVICE void finish_quad(const GradRow<T>& row, const Quad& quad, T grad_kl, 
     return;
   }
   T loc[4], rho[4], center[4], inverse[4];
-  load_quad<kDense>(row.map, quad, p.loc, p.loc_stride, row.packed >> kByLoc & 1u, loc);
-  load_quad<kDense>(row.map, quad, p.rho, p.rho_stride, row.packed >> kByRho & 1u, rho);
+  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.loc, p.loc_stride, row.packed >> kByLoc & 1u, loc);
+  const bool packed = row.packed >> kByRho & 1u;
+  if (kDense) load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.rho, p.rho_stride, packed, rho);
   load_prior<kDense>(row, quad, center, inverse);
-  if (e.grad_prior_loc != nullptr || e.grad_prior_scale != nullptr) {
-    store_prior_gradients<kDense>(row, quad, grad_kl, loc, rho, center, inverse);
-  }
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) {
-    const PosteriorGrad<T> g = posterior_grad(by_loc[i], by_scale[i], grad_kl, loc[i], rho[i],
-                                              center[i], inverse[i], p.scale_floor);
-    by_loc[i] = g.loc, by_scale[i] = g.rho;
+    by_loc[i] = posterior_grad(by_loc[i], T(0), grad_kl, loc[i], T(0), center[i], inverse[i],
+                               p.scale_floor).loc;
   }
   store_gradient<kDense>(row, quad, e.grad_loc, e.grad_loc_stride, kGradLoc, by_loc);
+  if (!kDense) load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.rho, p.rho_stride, packed, rho);
+  FBC_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    by_scale[i] = posterior_grad(T(0), by_scale[i], grad_kl, T(0), rho[i], T(0), inverse[i],
+                                 p.scale_floor).rho;
+  }
   store_gradient<kDense>(row, quad, e.grad_rho, e.grad_rho_stride, kGradRho, by_scale);
+  if (e.grad_prior_loc != nullptr || e.grad_prior_scale != nullptr) {
+    store_prior_gradients<kDense>(row, quad, grad_kl);
+  }
 }
 
 // Quads `number`, `number` + kEntryThreads, ...: the gradients of all are read before any is written.
@@ -159,7 +169,7 @@ FBC_DEVICE void backward_quads(const GradRow<T>& row, int64_t number) {
   FBC_UNROLL
   for (int j = 0; j < kQuads; ++j) {
     quad[j] = quad_of<kDense>(row.map, number + j * kEntryThreads);
-    sum_draws_of_quad<kDense>(row, quad[j], by_loc[j], by_scale[j]);
+    sum_draws<kDense>(row, quad[j], by_loc[j], by_scale[j]);
   }
   FBC_UNROLL
   for (int j = 0; j < kQuads; ++j) {
@@ -168,23 +178,19 @@ FBC_DEVICE void backward_quads(const GradRow<T>& row, int64_t number) {
 }
 
 template <typename T, int kCapacity>
-FBC_KERNEL(kEntryThreads, sizeof(T) == 8 ? 2 : 4)
+FBC_KERNEL(kEntryThreads, sizeof(T) == 8 ? 2 : 3)
 void posterior_backward_kernel(FBC_PARAM GradTable<T, kCapacity> table) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const uint32_t chunks = table.first_chunk[table.count];
-  for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const int i = row_of_chunk(table, chunk);
-    const GradRow<T>& row = table.row[i];
-    const int64_t within = chunk - table.first_chunk[i];
-    const int64_t number = within * kChunkQuads + thread;
-    if (is_dense_chunk(row.map, within)) {
-      backward_quads<true, kQuadsPerThread>(row, number);
-      continue;
-    }
-    FBC_NO_UNROLL
-    for (int j = 0; j < kQuadsPerThread; ++j) {
-      backward_quads<false, 1>(row, number + j * kEntryThreads);
-    }
+  const int i = row_of_chunk(table, blockIdx.x);
+  const GradRow<T>& row = table.row[i];
+  const int64_t within = blockIdx.x - table.first_chunk[i];
+  const int64_t number = within * kChunkQuads + threadIdx.x;
+  if (is_dense_chunk(row.map, within)) {
+    backward_quads<true, kQuadsPerThread>(row, number);
+    return;
+  }
+  FBC_UNROLL_BY(1)
+  for (int j = 0; j < kQuadsPerThread; ++j) {
+    backward_quads<false, 1>(row, number + j * kEntryThreads);
   }
 }
 
@@ -205,6 +211,9 @@ void drop_unused(PosteriorGradEntry<T>& e) {
   }
   if (e.grad_loc == nullptr && e.grad_rho == nullptr) e.grad_weight = nullptr;
   if (e.grad_weight == nullptr) e.grad_weight_eps = nullptr;
+  if (e.grad_rho == nullptr) e.grad_weight_eps = nullptr;
+  const bool with_noise = e.grad_rho != nullptr && e.grad_weight_eps == nullptr;
+  if (!with_noise) e.seed = nullptr;
   p.prior_scale_value = inverse_of_scale(p.prior_scale_value);
 }
 
@@ -254,8 +263,8 @@ int launch_backward(const PosteriorGradEntry<T>* entries, int count, StreamHandl
   }
   if (chunks >= kNarrow) return 1;
   if (chunks == 0) return 0;
-  return gpu::launch(posterior_backward_kernel<T, kCapacity>, grid_of(table), kEntryThreads, 0,
-                     stream, table);
+  return gpu::launch(posterior_backward_kernel<T, kCapacity>,
+                     dim3(static_cast<unsigned>(chunks)), kEntryThreads, 0, stream, table);
 }
 
 }  // namespace

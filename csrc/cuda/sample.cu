@@ -29,6 +29,12 @@ enum SampleTensor { kLoc, kRho, kPriorLoc, kPriorScale, kSample };
 
 constexpr int kWarps = kEntryThreads / 32;
 constexpr int64_t kTicketBytes = 256;
+// Waves of three blocks on each of 132 multiprocessors; more chunks than that are strided over, so
+// that few blocks draw a ticket.
+constexpr int64_t kEntryBlocks = 1056;
+inline dim3 grid_for(int64_t blocks) {
+  return dim3(static_cast<unsigned>(blocks < 1 ? 1 : blocks < kEntryBlocks ? blocks : kEntryBlocks));
+}
 
 template <typename T, int kCapacity>
 struct SampleTable {
@@ -60,11 +66,11 @@ FBC_DEVICE T kl_of_quad(const TableRow<SampleEntry<T>>& row, const Quad& quad, c
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) center[i] = p.prior_loc_value, inverse[i] = p.prior_scale_value;
   if (p.prior_loc != nullptr) {
-    load_quad<kDense>(row.map, quad, p.prior_loc, p.prior_loc_stride,
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_loc, p.prior_loc_stride,
                       row.packed >> kPriorLoc & 1u, center);
   }
   if (p.prior_scale != nullptr) {
-    load_quad<kDense>(row.map, quad, p.prior_scale, p.prior_scale_stride,
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_scale, p.prior_scale_stride,
                       row.packed >> kPriorScale & 1u, inverse);
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) inverse[i] = inverse_of_scale(inverse[i]);
@@ -85,6 +91,7 @@ FBC_DEVICE void draw_quads(const TableRow<SampleEntry<T>>& row, const Quad (&qua
   const bool packed = row.packed >> kSample & 1u;
   NoiseKey noise = {static_cast<uint64_t>(e.seed[0]),
                     static_cast<uint64_t>(e.seed[1]) + e.posterior.noise.offset};
+  auto* to = static_cast<unsigned char*>(e.sample);
   for (int64_t s = 0; s < e.num_samples; ++s) {
     FBC_UNROLL
     for (int j = 0; j < kQuads; ++j) {
@@ -95,9 +102,9 @@ FBC_DEVICE void draw_quads(const TableRow<SampleEntry<T>>& row, const Quad (&qua
       for (int i = 0; i < 4; ++i) {
         weight[i] = weight_from_eps(loc[j][i], scale[j][i], static_cast<T>(eps[i]));
       }
-      store_quad_as<kDense>(e.sample_dtype, row.map, quad[j], e.sample, s * e.sample_sample_stride,
-                            e.sample_stride, packed, weight);
+      store_quad<kDense>(e.sample_dtype, row.map, quad[j], to, e.sample_stride, packed, weight);
     }
+    to += e.sample_sample_stride * size_of(e.sample_dtype);
     ++noise.offset;
   }
 }
@@ -106,9 +113,11 @@ FBC_DEVICE void draw_quads(const TableRow<SampleEntry<T>>& row, const Quad (&qua
 template <bool kDense, typename T>
 FBC_DEVICE void copy_quad(const TableRow<SampleEntry<T>>& row, const Quad& quad, const T (&loc)[4]) {
   const SampleEntry<T>& e = row.entry;
+  auto* to = static_cast<unsigned char*>(e.sample);
   for (int64_t s = 0; s < e.num_samples; ++s) {
-    store_quad_as<kDense>(e.sample_dtype, row.map, quad, e.sample, s * e.sample_sample_stride,
-                          e.sample_stride, row.packed >> kSample & 1u, loc);
+    store_quad<kDense>(e.sample_dtype, row.map, quad, to, e.sample_stride,
+                       row.packed >> kSample & 1u, loc);
+    to += e.sample_sample_stride * size_of(e.sample_dtype);
   }
 }
 
@@ -121,9 +130,9 @@ FBC_DEVICE T sample_quads(const TableRow<SampleEntry<T>>& row, int64_t number) {
   FBC_UNROLL
   for (int j = 0; j < kQuads; ++j) {
     quad[j] = quad_of<kDense>(row.map, number + j * kEntryThreads);
-    load_quad<kDense>(row.map, quad[j], p.loc, p.loc_stride, row.packed >> kLoc & 1u, loc[j]);
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad[j], p.loc, p.loc_stride, row.packed >> kLoc & 1u, loc[j]);
     if (p.rho != nullptr) {
-      load_quad<kDense>(row.map, quad[j], p.rho, p.rho_stride, row.packed >> kRho & 1u, scale[j]);
+      load_quad<kDense>(kDtypeOf<T>, row.map, quad[j], p.rho, p.rho_stride, row.packed >> kRho & 1u, scale[j]);
     }
   }
   if (p.rho == nullptr) {
@@ -155,7 +164,7 @@ FBC_DEVICE T sample_chunk(const TableRow<SampleEntry<T>>& row, int64_t within, i
     return sample_quads<true, kQuadsPerThread>(row, number);
   }
   T kl = T(0);
-  FBC_NO_UNROLL
+  FBC_UNROLL_BY(1)
   for (int j = 0; j < kQuadsPerThread; ++j) {
     kl += sample_quads<false, 1>(row, number + j * kEntryThreads);
   }
@@ -184,7 +193,7 @@ FBC_DEVICE void sum_slots(const SampleTable<T, kCapacity>& params) {
 
 // Shared memory: T partial[2][kWarps], then whether this block is the last.
 template <typename T, int kCapacity>
-FBC_KERNEL(kEntryThreads, sizeof(T) == 8 ? 2 : 4)
+FBC_KERNEL(kEntryThreads, sizeof(T) == 8 ? 2 : 3)
 void sample_kernel(FBC_PARAM SampleTable<T, kCapacity> params) {
   T* const partial = reinterpret_cast<T*>(gpu::shared());
   uint32_t* const is_last = reinterpret_cast<uint32_t*>(partial + 2 * kWarps);
@@ -223,13 +232,13 @@ void scale_kernel(FBC_PARAM TableRow<PosteriorParams<float>> row, FBC_PARAM Weig
        n < row.map.quads; n += step) {
     const Quad quad = quad_of<false>(row.map, n);
     float value[4];
-    load_quad<false>(row.map, quad, p.rho, p.rho_stride, row.packed & 1u, value);
+    load_quad<false>(kDtypeOf<float>, row.map, quad, p.rho, p.rho_stride, row.packed & 1u, value);
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) {
       float t;
       value[i] = scale_from_rho(value[i], p.scale_floor, &t);
     }
-    store_quad<false>(row.map, quad, scale, stride, row.packed >> 1 & 1u, value);
+    store_quad<false>(kDtypeOf<float>, row.map, quad, scale, stride, row.packed >> 1 & 1u, value);
   }
 }
 
@@ -290,7 +299,7 @@ int launch_sample(const SampleEntry<T>* entries, int count, void* workspace, Str
     if (const int status = gpu::fill_zero(workspace, sizeof(uint32_t), stream)) return status;
   }
   const size_t shared_bytes = 2 * kWarps * sizeof(T) + sizeof(uint32_t);
-  return gpu::launch(sample_kernel<T, kCapacity>, grid_of(params.table), kEntryThreads, shared_bytes,
+  return gpu::launch(sample_kernel<T, kCapacity>, grid_for(chunks), kEntryThreads, shared_bytes,
                      stream, params);
 }
 
@@ -338,8 +347,7 @@ int scale_of(const PosteriorParams<float>& posterior, float* scale, StreamHandle
   row.packed = static_cast<uint32_t>(is_packed(p.rho, p.rho_stride, p, row.map, 4)) |
                static_cast<uint32_t>(is_packed(scale, stride, p, row.map, 4)) << 1;
   const int64_t blocks = (row.map.quads + kEntryThreads - 1) / kEntryThreads;
-  const dim3 grid(static_cast<unsigned>(blocks < kEntryBlocks ? blocks : kEntryBlocks));
-  return gpu::launch(scale_kernel, grid, kEntryThreads, 0, stream, row, stride, scale);
+  return gpu::launch(scale_kernel, grid_for(blocks), kEntryThreads, 0, stream, row, stride, scale);
 }
 
 }  // namespace fbc::cuda
