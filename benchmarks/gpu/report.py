@@ -8,7 +8,7 @@ from typing import Any
 from .goals import variants
 from .record import Record
 
-LINES, WIDTH = 40, 132
+LINES, WIDTH = 40, 150
 CELLS = (
     ("resnet18 128", ("graph forward", "graph step", "eager forward", "eager step")),
     ("resnet50 64", ("graph forward", "graph step")),
@@ -98,7 +98,7 @@ def _goal(goal: dict[str, Any]) -> str:
     parts = []
     for part in goal["parts"]:
         text = f"{part['text']} " if part["text"] else ""
-        parts.append(f"{text}{number(part['measured'])} ({part['bound']} {number(part['goal'])})")
+        parts.append(f"{text}{number(part['measured'])}{part['bound']}{number(part['goal'])}")
     return f"{goal['name']:3} {goal['status']:12} {goal['text']}: {', '.join(parts)}"
 
 

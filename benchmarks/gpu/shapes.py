@@ -12,7 +12,7 @@ class Layer:
     Attributes:
         name: in the tables.
         mma_us: its multiply-adds at 790 TFLOP/s.
-        hbm_us: its input and output once at 4.3 TB/s.
+        hbm_us: its input, output and bfloat16 weight once at 4.3 TB/s.
         sample_us: its share of a sampling launch.
         unfused_us: the thirteen weight-side kernels of a layer written by hand.
     """

@@ -39,9 +39,14 @@ STAGES = {
 
 
 @contextlib.contextmanager
-def _flags(benchmark: bool) -> Iterator[None]:
-    """cuDNN tries its algorithms, float32 is left to TF32; the former settings come back."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
+def _flags(benchmark: bool, dry: bool) -> Iterator[None]:
+    """cuDNN tries its algorithms, float32 is left to TF32; the former settings come back.
+
+    A dry run has one thread: its tensors are tiny, and threads that wait disturb others.
+    """
+    matmul, threads = torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads()
+    if dry:
+        torch.set_num_threads(1)
     with torch.backends.cudnn.flags(
         enabled=True, benchmark=benchmark, deterministic=False, allow_tf32=True
     ):
@@ -49,6 +54,7 @@ def _flags(benchmark: bool) -> Iterator[None]:
             yield
         finally:
             torch.backends.cuda.matmul.allow_tf32 = matmul
+            torch.set_num_threads(threads)
 
 
 def work(
@@ -64,7 +70,7 @@ def work(
             torch.cuda.set_device(where)
         bench = Bench(Clock(where), quick, deadline, record, name, banned)
         module = importlib.import_module(f".{STAGES[name].module}", __package__)
-        with _flags(name not in ("correctness", "memory")):
+        with _flags(name not in ("correctness", "memory"), bench.dry):
             run_items(bench, module.items(bench))
     except DeviceLost as error:
         section["lost"] = str(error)[:500]

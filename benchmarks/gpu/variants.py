@@ -229,10 +229,11 @@ def _grouped(network: Network) -> Forward:
     if grouped is None:
         raise NotAvailable("fastbconv has no 'grouped'")
     forward = _collected(network)
+    block = contextlib.ExitStack()  # one block for all steps, left when the closure is dropped
+    block.enter_context(grouped(network))
 
-    def call(input: Tensor) -> tuple[Tensor, Tensor | None]:
-        with grouped(network):
-            return forward(input)
+    def call(input: Tensor, block: contextlib.ExitStack = block) -> tuple[Tensor, Tensor | None]:
+        return forward(input)
 
     return call
 
