@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 MODULE_NAME = "_C"
@@ -28,6 +30,7 @@ ISAS = ("baseline", "avx2", "avx512")
 
 _SOURCE_PATTERNS = ("cpu/*.cpp", "bindings/*.cpp")
 _CUDA_SOURCE_PATTERNS = ("cuda/*.cpp", "cuda/*.cu")
+_CUDA_BINDING = "cuda_"  # how the names of the bindings begin that only a CUDA build compiles
 _HASHED_SUFFIXES = {".h", ".inc", ".cpp", ".cu", ".cuh"}
 
 # Contraction stays off and no fast-math flag is ever added: every fused multiply-add is written out
@@ -42,7 +45,22 @@ _CXX_FLAGS = (
     "-fvisibility-inlines-hidden",
     "-Wall",
 )
-_NVCC_FLAGS = ("-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden")
+_NVCC_FLAGS = ("-O3", "--fmad=false", "-lineinfo", "--threads=2", "-Xcompiler=-fvisibility=hidden")
+
+
+def _sibling(name: str) -> ModuleType:
+    """A file beside this one, which may itself have been loaded by path."""
+    location = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"fastbconv.{name}", location)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda = _sibling("_build_cuda")
 
 
 class FastbconvBuildError(RuntimeError):
@@ -117,6 +135,7 @@ class BuildSpec:
     compiler: str  # first line of its --version
     cuda: bool
     cuda_reason: str
+    nvcc: str = ""  # path and release, where CUDA is built
 
     @property
     def environment_key(self) -> str:
@@ -126,7 +145,7 @@ class BuildSpec:
             self.torch,
             platform_tag(),
             self.compiler,
-            f"{self.cuda} {os.environ.get('TORCH_CUDA_ARCH_LIST', '') if self.cuda else ''}",
+            f"{self.cuda} {self.nvcc}",
             *map(str, self.cxx_flags + self.nvcc_flags + self.link_flags),
         )
         return _digest("\0".join(parts).encode())
@@ -246,22 +265,29 @@ def build_spec(root: Path | None = None) -> BuildSpec:
         )
     compiler = compiler_version()
     openmp_compile, openmp_link = _openmp_flags(compiler)
-    cuda, cuda_reason = _cuda_support(root)
-    patterns = _SOURCE_PATTERNS + (_CUDA_SOURCE_PATTERNS if cuda else ())
+    toolkit, cuda_reason = cuda.support(root)
+    has_cuda = toolkit is not None
     return BuildSpec(
         root=root,
-        sources=tuple(path for pattern in patterns for path in sorted(root.glob(pattern))),
+        sources=_sources(root, has_cuda),
         include_dirs=(root, *_pybind11_folders()),
-        cxx_flags=_CXX_FLAGS + openmp_compile + (("-DFBC_WITH_CUDA",) if cuda else ()),
-        nvcc_flags=(*_NVCC_FLAGS, "-DFBC_WITH_CUDA") if cuda else (),
+        cxx_flags=_CXX_FLAGS + openmp_compile + (("-DFBC_WITH_CUDA",) if has_cuda else ()),
+        nvcc_flags=(*_NVCC_FLAGS, *toolkit.gencode, "-DFBC_WITH_CUDA") if toolkit else (),
         link_flags=openmp_link,
         source_hash=source_hash(root),
         version=_package_version(),
         torch=str(torch.__version__),
         compiler=compiler,
-        cuda=cuda,
+        cuda=has_cuda,
         cuda_reason=cuda_reason,
+        nvcc=f"{toolkit.nvcc} {toolkit.release}" if toolkit else "",
     )
+
+
+def _sources(root: Path, with_cuda: bool) -> tuple[Path, ...]:
+    patterns = _SOURCE_PATTERNS + (_CUDA_SOURCE_PATTERNS if with_cuda else ())
+    found = (path for pattern in patterns for path in sorted(root.glob(pattern)))
+    return tuple(p for p in found if with_cuda or not p.name.startswith(_CUDA_BINDING))
 
 
 def compiler_command() -> str:
@@ -315,31 +341,6 @@ def _accepts_openmp(compiler: str) -> bool:
         source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
         command = [*compiler_command().split(), "-fopenmp", str(source), "-o", f"{folder}/probe"]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
-def _cuda_support(root: Path) -> tuple[bool, str]:
-    """Whether the CUDA kernels are built, and why (not)."""
-    import torch
-
-    if torch.version.cuda is None:
-        return False, f"torch {torch.__version__} is built without CUDA"
-    if not any(root.glob("cuda/*.cu")):
-        return False, "this version has no CUDA kernels"
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
-        return False, "nvcc is not on PATH and CUDA_HOME has none"
-    run = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
-    release = re.search(r"release (\d+)\.(\d+)", run.stdout)
-    if release is None:
-        return False, f"{nvcc} --version does not name a release"
-    if release[1] != torch.version.cuda.split(".")[0]:
-        return False, (
-            f"nvcc {release[1]}.{release[2]} and torch's CUDA {torch.version.cuda} "
-            "have different major versions"
-        )
-    return True, f"nvcc {release[1]}.{release[2]}"
 
 
 def _pybind11_folders() -> tuple[Path, ...]:

@@ -101,9 +101,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict with ``version``, ``torch``, ``python``, ``compiler``, ``isa``, ``cuda`` (bool),
-        ``cuda_reason``, ``source_hash``, ``built`` (``'prebuilt'``, ``'jit'`` or ``'reference'``),
-        ``library`` (path or None), ``cache`` (folder), ``threads`` and ``attempts`` (what was tried
-        and did not work).
+        ``cuda_reason``, ``gpus`` (their architectures), ``source_hash``, ``built``
+        (``'prebuilt'``, ``'jit'`` or ``'reference'``), ``library`` (path or None), ``cache``
+        (folder), ``threads`` and ``attempts`` (what was tried and did not work).
     """
     import torch
 
@@ -119,12 +119,13 @@ def build_info() -> dict[str, Any]:
         "source_hash": None,
     }
     if module is not None:
-        info["cuda_reason"] = _build._cuda_support(_build.source_root() or Path())[1]
         info.update(module.build_info())
         info.pop("stamp", None)
         info["cuda"] = bool(info["cuda"])
+        info["cuda_reason"] = _build.cuda.story(_build.source_root(), info["cuda"])
     info.update(
         built=_state.built,
+        gpus=[f"sm_{major}{minor}" for major, minor in _build.cuda.capabilities()],
         library=None if _state.library is None else str(_state.library),
         cache=str(_build.settings().cache),
         threads=torch.get_num_threads(),

@@ -144,7 +144,9 @@ class LayerContext:
         if torch._C._are_functorch_transforms_active() or not in_checkpoint():
             return output
         seed = self.seed if self.mode == "seed" else None
-        return _Bound.apply(output, output.new_zeros(2, dtype=torch.int64) if seed is None else seed)
+        return _Bound.apply(
+            output, output.new_zeros(2, dtype=torch.int64) if seed is None else seed
+        )
 
 
 def _merged(frames: tuple[tuple[object, dict[str, Any]], ...]) -> LayerContext | None:

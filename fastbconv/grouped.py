@@ -2,8 +2,8 @@
 
 Note [Groups]. A group is drawn when one of its layers is called: that layer, and those after it in
 the order of ``model.modules()``, up to ``max_weights``. One autograd node makes its weights and its
-KL; it keeps the parameters and 16 bytes of seed for each, and its backward is one pass too, which
-runs when the gradients of all weights of the group are there. Backward comes to the layers in
+KL; it keeps the parameters and 16 bytes of seed for each. Its backward is one pass too, which runs
+when the gradients of all weights of the group are there. Backward comes to the layers in
 reverse order, so that the group called last is finished first, while the others are still at work:
 with DDP, whose buckets fill in that order, communication goes on beside the computation as long as
 there are several groups.
@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import _arguments, _call, noise
 from .contexts import Entry, LayerContext, Sampled, in_checkpoint, installed
@@ -219,24 +218,26 @@ def _drawn(members: list[_Member], dtype: torch.dtype) -> dict[int, _Held]:
     entries = [entry for member in members for entry in member.entries]
     seeds = torch.stack([member.seed for member in members for _ in member.entries])
     priors = [_call.split_prior(e.prior, e.loc, f"{e.part} prior") for e in entries]
-    options = {
-        "prior": [number for numbers, _ in priors for number in numbers],
-        "scale_floor": entries[0].scale_floor,
-        "stream": [noise.STREAMS["bias" if e.part == "bias" else "weight"] for e in entries],
-        "offset_add": 0,
-        "element_offset": [0] * len(entries),
-    }
-    *samples, kl = _Draw.apply(
-        options,
-        [entry.prior is not None for entry in entries],
-        [entry.part != "bias" for entry in entries],
-        dtype,
+    samples, kl = _call.backend(seeds).sample_posterior_list(
+        [entry.loc for entry in entries],
+        [entry.rho for entry in entries],
         seeds,
-        *(entry.loc for entry in entries),
-        *(entry.rho for entry in entries),
-        *(tensors[0] for _, tensors in priors),
-        *(tensors[1] for _, tensors in priors),
+        [loc for _, (loc, _) in priors],
+        [scale for _, (_, scale) in priors],
+        prior=[number for numbers, _ in priors for number in numbers],
+        with_kl=[entry.prior is not None for entry in entries],
+        scale_floor=entries[0].scale_floor,
+        stream=[noise.STREAMS["bias" if e.part == "bias" else "weight"] for e in entries],
+        offset_add=0,
+        element_offset=[0] * len(entries),
+        cast=[entry.part != "bias" for entry in entries],
+        dtype=dtype,
     )
+    # A frozen layer's convolution then forms no gradient by its weight.
+    samples = [
+        sample if entry.loc.requires_grad or entry.rho.requires_grad else sample.detach()
+        for sample, entry in zip(samples, entries, strict=True)
+    ]
     terms = kl.unbind() if any(entry.prior is not None for entry in entries) else ()
     held, first = {}, 0
     for member in members:
@@ -253,73 +254,7 @@ def _drawn(members: list[_Member], dtype: torch.dtype) -> dict[int, _Held]:
             member.seed,
             tuple(entries[row].part for row in closed),
         )
-        held[member.position] = _Held(sampled, member.given, member.sources, torch.is_grad_enabled())
+        held[member.position] = _Held(
+            sampled, member.given, member.sources, torch.is_grad_enabled()
+        )
     return held
-
-
-class _Draw(torch.autograd.Function):
-    """All weights of one group and its KL terms: a pass forward, a pass backward.
-
-    The tensors are 4n: all loc, all rho, the priors' loc and the priors' scale (or None).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        options: dict[str, Any],
-        with_kl: list[bool],
-        cast: list[bool],
-        dtype: torch.dtype,
-        seeds: Tensor,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        n = len(with_kl)
-        loc, rho, prior_loc, prior_scale = (tensors[n * i : n * (i + 1)] for i in range(4))
-        samples, kl = _call.backend(loc[0]).sample_posterior_list(
-            loc,
-            rho,
-            seeds,
-            prior_loc,
-            prior_scale,
-            with_kl=with_kl,
-            cast=cast,
-            dtype=dtype,
-            **options,
-        )
-        ctx.options, ctx.with_kl = options, with_kl
-        ctx.save_for_backward(seeds, *tensors)
-        ctx.set_materialize_grads(False)
-        needs = ctx.needs_input_grad[5:]
-        # A frozen layer's convolution then forms no gradient by its weight.
-        frozen = [s for i, s in enumerate(samples) if not (needs[i] or needs[n + i])]
-        ctx.mark_non_differentiable(*frozen)
-        return (*samples, kl)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        *grad_sample, grad_kl = grads
-        n = len(grad_sample)
-        seeds, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[5:]
-        reached = [
-            grad is not None or (grad_kl is not None and kl)
-            for grad, kl in zip(grad_sample, ctx.with_kl, strict=True)
-        ]
-        mask = [wanted and reached[i % n] for i, wanted in enumerate(needs)]
-        nothing = (None,) * 5
-        if not any(mask):
-            return (*nothing, *(None for _ in mask))
-        loc, rho, prior_loc, prior_scale = (tensors[n * i : n * (i + 1)] for i in range(4))
-        made = _call.backend(loc[0]).sample_posterior_list_backward(
-            grad_sample,
-            grad_kl,
-            loc,
-            rho,
-            seeds,
-            prior_loc,
-            prior_scale,
-            output_mask=mask,
-            **ctx.options,
-        )
-        return (*nothing, *(g if wanted else None for g, wanted in zip(made, mask, strict=True)))

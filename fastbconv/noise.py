@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Final
 
 import torch
 from torch import Tensor
+
+from ._ranks import data_parallel_group as data_parallel_group
+from ._ranks import rank_offset as rank_offset
 
 STREAMS: Final[dict[str, int]] = {
     "weight": 0,
@@ -33,7 +36,6 @@ _MASK32: Final = 0xFFFFFFFF
 _MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 _WEYL: Final = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS: Final = 10
-_RANK_SHIFT: Final = 48
 
 
 def stream_id(stream: str | int) -> int:
@@ -143,7 +145,7 @@ def derive_range(seed: int | Tensor, first: int, count: int) -> Tensor:
     """
     parent = seed_tensor(seed)
     native = _native_ops(parent.device)
-    if native is None or not hasattr(native, "derive_seeds"):
+    if native is None:
         return mirror_derive_seeds(parent, first, count)
     return native.derive_seeds(parent, first, count)
 
@@ -157,54 +159,6 @@ def mirror_derive_seeds(seed: Tensor, first: int, count: int) -> Tensor:
 def _children(parent: Tensor, block: Tensor) -> Tensor:
     word = _noise_words(parent, block, STREAMS["derive"], 0)
     return torch.stack((word[0] | (word[1] << 32), word[2] | (word[3] << 32)), dim=-1)
-
-
-class _Group:
-    """The process group whose rank separates drawn seeds; "world" is the default."""
-
-    def __init__(self) -> None:
-        self.group: object = "world"
-
-
-_GROUP: Final = _Group()
-
-
-class data_parallel_group:
-    """Names the group whose rank separates the noise of ranks; None: all ranks share their noise.
-
-    Seeds that a layer draws itself are moved by ``rank << 48`` draws, so that ranks differ even
-    after equal ``torch.manual_seed``. Seeds given by the caller are never moved. Takes effect at
-    once for the process; used in a ``with`` statement, it restores the former group at the end.
-
-    Args:
-        group: a torch.distributed process group, "world", or None.
-    """
-
-    def __init__(self, group: object = "world") -> None:
-        self._former = _GROUP.group
-        _GROUP.group = group
-
-    def __enter__(self) -> data_parallel_group:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _GROUP.group = self._former
-
-
-def rank_offset() -> int:
-    """What is added to the offset of a drawn seed: ``rank << 48``, 0 outside distributed runs."""
-    group = _GROUP.group
-    if group is None or not torch.distributed.is_available():
-        return 0
-    if not torch.distributed.is_initialized():
-        return 0
-    rank = torch.distributed.get_rank(None if isinstance(group, str) else group)
-    return _as_int64(max(rank, 0) << _RANK_SHIFT)
 
 
 # --- Philox4x32-10 --------------------------------------------------------------------------------
@@ -403,8 +357,8 @@ def weight_eps(
 
 def _native_ops(device: torch.device) -> ModuleType | None:
     """fastbconv.ops where the native library serves this device, and no transform is active."""
-    if device.type != "cpu" or torch._C._are_functorch_transforms_active():
+    if device.type not in ("cpu", "cuda") or torch._C._are_functorch_transforms_active():
         return None
     from . import ops
 
-    return ops if ops.available() else None
+    return ops if ops.available() and (device.type == "cpu" or ops.cuda()) else None

@@ -42,6 +42,14 @@ def available() -> bool:
     return _state["available"]
 
 
+@torch.compiler.assume_constant_result
+def cuda() -> bool:
+    """Whether the native library has CUDA kernels."""
+    if "cuda" not in _state:
+        _state["cuda"] = available() and bool(_native.load().build_info().get("cuda"))
+    return _state["cuda"]
+
+
 def _op(name: str) -> Any:
     if not available():
         raise RuntimeError(
@@ -106,7 +114,7 @@ def bconv2d(
     Shape:
         input (N, C, H, W); weight_loc, weight_rho (K, C/groups, R, S); bias_loc, bias_rho (K,);
         output (num_samples * N with share_input, else N, K, P, Q) in the memory format of input;
-        kl () in the dtype of the parameters; weight (num_samples, K, C/groups, R, S), KRSC memory.
+        kl () in the dtype of the parameters, where weight_kl or bias_kl; weight (num_samples, K, C/groups, R, S), KRSC memory.
     Differentiable by input, the parameters and the prior tensors, once, in reverse mode.
     """
     tensors = (input, weight_loc, weight_rho, bias_loc, bias_rho, seed)
@@ -159,7 +167,7 @@ def sample_posterior(
             -> (Tensor sample, Tensor kl)
 
     Shape:
-        loc, rho (K, C, *taps) or (K,); sample (num_samples, *loc.shape), contiguous.
+        loc, rho (K, C, *taps) or (K,); sample (num_samples, *loc.shape), contiguous; kl ().
     Noise number of element (k, c, tap): (k * taps + tap) * C + c; of element k of a vector: k.
     """
     tensors = (loc, rho, seed, prior_loc, prior_scale)
@@ -246,7 +254,7 @@ def _one_by_one(
             dtype=options["dtype"] if options["cast"][i] else None,
         )
         samples.append(_fakes.in_krsc(sample[0]))
-        kls.append(kl)
+        kls.append(kl if options["with_kl"][i] else loc[i].new_zeros(()))
     return samples, torch.stack(kls)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,55 +116,6 @@ def sample_posterior_list(
         samples.append(draw[0].contiguous(memory_format=layout))
         terms.append(kl_term)
     return samples, torch.stack(terms)
-
-
-def sample_posterior_list_backward(
-    grad_sample: Sequence[Tensor | None],
-    grad_kl: Tensor | None,
-    loc: Sequence[Tensor],
-    rho: Sequence[Tensor],
-    seed: Tensor,
-    prior_loc: Sequence[Tensor | None],
-    prior_scale: Sequence[Tensor | None],
-    *,
-    output_mask: Sequence[bool],
-    **options: Any,
-) -> list[Tensor]:
-    """Gradients by all loc, all rho, and the priors' loc and scale: 4n, (0,) where not wanted."""
-    n = len(loc)
-    tensors = [
-        None if tensor is None else tensor.detach().requires_grad_(wanted)
-        for tensor, wanted in zip(
-            (*loc, *rho, *prior_loc, *prior_scale), output_mask, strict=True
-        )
-    ]
-    with torch.enable_grad():
-        samples, kls = sample_posterior_list(
-            tensors[:n],
-            tensors[n : 2 * n],
-            seed,
-            tensors[2 * n : 3 * n],
-            tensors[3 * n :],
-            with_kl=[grad_kl is not None] * n,
-            cast=[False] * n,  # rounding lets gradients pass
-            dtype=None,
-            **options,
-        )
-        results = [(s, g.to(s.dtype)) for s, g in zip(samples, grad_sample, strict=True) if g is not None]
-        results += [] if grad_kl is None else [(kls, grad_kl)]
-        wanted = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
-        results = [(value, grad) for value, grad in results if value.requires_grad]
-        made = iter(
-            torch.autograd.grad(
-                [value for value, _ in results],
-                wanted,
-                [grad for _, grad in results],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
-    empty = loc[0].new_empty((0,))
-    return [next(made) if mask else empty for mask in output_mask]
 
 
 def derive_seeds(seed: Tensor, first: int, count: int) -> Tensor:

@@ -84,10 +84,23 @@ class algorithm:
 
 
 def use_native(tensor: Tensor) -> bool:
-    """Whether a call on this tensor goes to the operators, else to the reference."""
-    if CHOICE.name == "reference" or tensor.device.type not in ("cpu", "meta"):
+    """Whether a call on this tensor goes to the operators, else to the reference.
+
+    Raises:
+        NotImplementedError: a CUDA tensor, and a native library without CUDA kernels.
+    """
+    if CHOICE.name == "reference":
         return False
-    return ops.available()
+    kind = tensor.device.type
+    if kind == "cuda" and ops.available() and not ops.cuda():
+        reason = _native.build_info()["cuda_reason"]
+        raise NotImplementedError(
+            f"input: expected a CPU tensor, got one on {tensor.device}: the native library is "
+            f"built without CUDA ({reason}). To have it: a CUDA build of PyTorch, and nvcc of the "
+            "same major version on PATH or under CUDA_HOME; 'python -m fastbconv env' tells what "
+            "was found. fastbconv.algorithm('reference') runs on any device"
+        )
+    return kind in ("cpu", "cuda", "meta") and ops.available()
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "", -1, methods};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 """,
 }
-_OURS = ("_build.py", "_native.py", "_version.py", "__main__.py", "py.typed")
+_OURS = ("_build.py", "_build_cuda.py", "_native.py", "_version.py", "__main__.py", "py.typed")
 
 REPORT = """
 import json, sys

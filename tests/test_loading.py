@@ -160,44 +160,6 @@ print(warning.category.__name__, warning.message)
     assert "no C++ compiler: 'c++' is not on PATH" in run.stdout
 
 
-# CUDA
-
-
-@pytest.mark.parametrize(
-    ("release", "torch_cuda", "expected"),
-    [
-        ("13.2", "13.0", (True, "nvcc 13.2")),
-        ("12.4", "13.0", (False, "nvcc 12.4 and torch's CUDA 13.0 have different major versions")),
-        (None, "13.0", (False, "nvcc is not on PATH and CUDA_HOME has none")),
-        ("13.2", None, (False, f"torch {torch.__version__} is built without CUDA")),
-    ],
-)
-def test_cuda_support_and_its_reason(
-    release, torch_cuda, expected, tmp_path: Path, monkeypatch
-) -> None:
-    (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda" / "kernel.cu").touch()
-    (tmp_path / "bin").mkdir()
-    nvcc = tmp_path / "bin" / "nvcc"
-    if release is not None:
-        nvcc.write_text(
-            f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n"
-        )
-        nvcc.chmod(0o755)
-    which = shutil.which
-    # Of the machine's own CUDA nothing is seen.
-    monkeypatch.setattr(
-        shutil, "which", lambda name, path=None: which(name, path=str(tmp_path / "bin"))
-    )
-    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    assert _build._cuda_support(tmp_path) == expected
-
-
-def test_version_without_cuda_kernels(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert _build._cuda_support(tmp_path) == (False, "this version has no CUDA kernels")
-
-
 # What is told
 
 
@@ -210,6 +172,7 @@ def test_build_info() -> None:
     assert info["isa"] in _build.ISAS
     assert info["compiler"]
     assert isinstance(info["cuda"], bool)
+    assert isinstance(info["gpus"], list)
     assert info["cuda_reason"]
     assert info["threads"] == 2
     assert Path(info["library"]).exists()

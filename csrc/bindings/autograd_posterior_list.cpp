@@ -101,8 +101,12 @@ class SampleListFunction : public torch::autograd::Function<SampleListFunction> 
     for (size_t i = 0; i < n; ++i) any = any || grads[i].defined();
     if (!any) return out;
     c10::List<bool> mask;
-    for (size_t i = 0, edge = 0; i < 4 * n; ++i)
-      mask.push_back(present[i] != 0 && ctx->needs_input_grad(edge++));
+    const auto with_kl = ctx->saved_data["with_kl"].toIntVector();
+    for (size_t i = 0, edge = 0; i < 4 * n; ++i) {
+      // A posterior that nothing was made of has no gradient, as if it had not been drawn.
+      const bool reached = grads[i % n].defined() || (grad_kl.defined() && with_kl[i % n] != 0);
+      mask.push_back(present[i] != 0 && ctx->needs_input_grad(edge++) && reached);
+    }
     const variable_list all = spread(at::TensorList(kept).slice(0, tensors), present);
     const auto g = op.call(
         optional_list(grads.data(), n), or_nullopt(grad_kl), at::TensorList(all).slice(0, n),

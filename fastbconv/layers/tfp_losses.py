@@ -177,6 +177,8 @@ class LossBook(nn.Module):
 
 
 def _scalar(value: Any, like: Tensor) -> Tensor:
+    if isinstance(value, (int, float)):
+        return like.new_full((), value)  # nothing is copied from the host
     value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else like.dtype)
     return value.sum().to(like)
 

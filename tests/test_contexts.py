@@ -1,0 +1,191 @@
+"""Contexts of a whole model: ends in any order, threads, activation checkpointing."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+import fastbconv as fb
+from fastbconv import contexts, models, noise
+from fastbconv.testing import assert_close, assert_same
+
+
+def _model() -> nn.Sequential:
+    return nn.Sequential(
+        fb.BayesConv2d(3, 4, 3, activation="relu"),
+        fb.BayesConv2d(4, 4, 3, bias=False),
+        fb.BayesConv2d(4, 2, 1),
+    )
+
+
+def _tfp() -> nn.Sequential:
+    model = nn.Sequential(
+        fb.Convolution2DReparameterization(4, 3, data_format="channels_first"),
+        fb.Convolution2DReparameterization(2, 3, data_format="channels_first"),
+    )
+    return fb.build(model, (None, 3, 8, 8))
+
+
+def _image() -> torch.Tensor:
+    return torch.randn(2, 3, 8, 8)
+
+
+def _settings(model: nn.Module) -> list[object]:
+    return [layer._fb_context for layer in models.bayesian_layers(model)]
+
+
+# --- ends -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (0, 2, 1)])
+def test_contexts_end_in_any_order(order: tuple[int, ...]) -> None:
+    model, x = _model(), _image()
+    made = [fb.fixed_sample(model, 1), fb.collect_kl(model), fb.mean_weights(model[0])]
+    entered = [context.__enter__() for context in made]
+    for number in order[:2]:
+        made[number].__exit__(None, None, None)
+    left = order[2]
+    y = model(x)
+    assert_same(
+        y if left != 1 else entered[1].sum(),
+        {0: lambda: _fixed(model, x), 1: entered[1].sum, 2: lambda: y}[left](),
+    )
+    if left == 1:
+        assert_close(entered[1].sum(), fb.kl_loss(model), 1e-6, 0)
+    if left == 2:
+        assert_same(model[0](x), model[0](x))
+        assert model[1]._fb_context is None
+    made[left].__exit__(None, None, None)
+    assert _settings(model) == [None] * 3
+
+
+def _fixed(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    for position, layer in enumerate(models.bayesian_layers(model)):
+        x = layer(x, seed=noise.derive(1, position))
+    return x
+
+
+def test_the_innermost_setting_is_in_force_whatever_ended() -> None:
+    model, x = _model(), _image()
+    outer, middle, inner = (fb.fixed_sample(model, seed) for seed in (1, 2, 3))
+    for context in (outer, middle, inner):
+        context.__enter__()
+    last = model(x)
+    middle.__exit__(None, None, None)
+    assert_same(model(x), last)
+    inner.__exit__(None, None, None)
+    assert_same(model(x), _fixed(model, x))
+    outer.__exit__(None, None, None)
+    assert _settings(model) == [None] * 3
+
+
+def test_threads_leave_nothing_behind() -> None:
+    model = _model()
+    problems = []
+
+    def work(seed: int) -> None:
+        try:
+            for _ in range(200):
+                with fb.fixed_sample(model, seed), fb.collect_kl(model):
+                    pass
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert _settings(model) == [None] * 3
+
+
+def test_seeds_lie_on_the_device_of_the_layer() -> None:
+    model = nn.Sequential(fb.BayesLinear(2, 2), fb.BayesLinear(2, 2, device="meta"))
+    with fb.fixed_sample(model, 5):
+        first, second = (layer._fb_context.seed for layer in model)
+    assert_same(first, noise.derive(5, 0))
+    assert second.shape == (2,)
+    assert_same(noise.derive_range(5, 2, 3)[1], noise.derive(5, 3))
+    seeds = torch.stack([noise.derive(5, index) for index in range(2, 5)])
+    assert_same(noise.mirror_derive_seeds(noise.seed_tensor(5), 2, 3), seeds)
+    assert noise.seed_tensor(-3, "meta").shape == (2,)
+
+
+def test_sum_of_terms_of_several_dtypes() -> None:
+    collector = contexts.KlCollector({0: torch.tensor(1.0), 1: torch.tensor(2.0).double()})
+    assert collector.sum().item() == 3.0
+    assert contexts.KlCollector().sum().item() == 0.0
+
+
+# --- activation checkpointing ---------------------------------------------------------------------
+
+
+def _gradients(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("make", [_model, _tfp])
+@pytest.mark.parametrize("name", ["fixed_sample", "mean_weights"])
+def test_a_checkpoint_inside_the_block(name: str, make, use_reentrant: bool) -> None:
+    model, x = make(), _image().requires_grad_()
+    arguments = (model, 3) if name == "fixed_sample" else (model,)
+    with getattr(fb, name)(*arguments):
+        expected = _gradients(model, model(x).square().sum())
+        y = checkpoint(model, x, use_reentrant=use_reentrant)
+        got = _gradients(model, y.square().sum())
+    for one, other in zip(got, expected, strict=True):
+        assert_close(one, other, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("make", [_model, _tfp])
+@pytest.mark.parametrize("part", [slice(0, 1), slice(0, 3)])
+@pytest.mark.parametrize("name", ["fixed_sample", "mean_weights"])
+def test_backward_outside_the_block_is_an_error(name: str, part: slice, make) -> None:
+    model, x = make(), _image()
+    arguments = (model, 3) if name == "fixed_sample" else (model,)
+    with getattr(fb, name)(*arguments):
+        y = checkpoint(model[part], x, use_reentrant=False)
+    with pytest.raises(CheckpointError, match="different"):
+        y.sum().backward()
+
+
+def test_a_seed_given_to_the_layer_is_repeated_anywhere() -> None:
+    model, x = _model(), _image()
+    with fb.fixed_sample(model, 3):
+        y = checkpoint(model[0], x, 7, use_reentrant=False)
+    got = _gradients(model, y.sum())
+    for one, other in zip(got, _gradients(model, model[0](x, 7).sum()), strict=True):
+        assert_close(one, other, 1e-5, 1e-5)
+
+
+def test_where_checkpointing_is_seen() -> None:
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, x):
+            seen.append(contexts.in_checkpoint())
+            return x * x
+
+    probe, x = Probe(), torch.ones(2, requires_grad=True)
+    probe(x)
+    with torch.no_grad():
+        probe(x)
+    with torch.autograd.graph.save_on_cpu():
+        probe(x)
+    assert seen == [False] * 3
+    del seen[:]
+    for use_reentrant in (True, False):
+        checkpoint(probe, x, use_reentrant=use_reentrant).sum().backward()
+    with torch.autograd.graph.save_on_cpu():
+        checkpoint(probe, x, use_reentrant=False).sum().backward()
+    assert seen == [True] * len(seen)
+    assert len(seen) >= 5
