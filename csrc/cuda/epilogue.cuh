@@ -8,20 +8,20 @@
 namespace fbc::cuda {
 
 // apply(name) for every activation.
-#define FBC_ACTIVATIONS(apply)                                                                   \
-  apply(kLinear) apply(kRelu) apply(kRelu6) apply(kLeakyRelu) apply(kElu) apply(kSelu)           \
-  apply(kSigmoid) apply(kTanh) apply(kSoftplus) apply(kSoftsign) apply(kExponential)             \
-  apply(kHardSigmoid) apply(kHardSigmoidTorch) apply(kSilu) apply(kMish) apply(kGelu)            \
-  apply(kGeluTanh)
+#define FBC_ACTIVATIONS(apply)                                                                \
+  apply(kLinear) apply(kRelu) apply(kRelu6) apply(kLeakyRelu) apply(kElu) apply(kSelu)        \
+      apply(kSigmoid) apply(kTanh) apply(kSoftplus) apply(kSoftsign) apply(kExponential)      \
+          apply(kHardSigmoid) apply(kHardSigmoidTorch) apply(kSilu) apply(kMish) apply(kGelu) \
+              apply(kGeluTanh)
 
 // z[i] <- activation(z[i]).
 template <typename T, int kCount>
 FBC_DEVICE void activate_each(Activation activation, T (&z)[kCount], T param) {
   switch (activation) {
-#define FBC_CASE(name)                                                                           \
-  case Activation::name:                                                                         \
-    FBC_UNROLL                                                                                   \
-    for (int i = 0; i < kCount; ++i) z[i] = activate<Activation::name, T>(z[i], param);          \
+#define FBC_CASE(name)                                                                  \
+  case Activation::name:                                                                \
+    FBC_UNROLL                                                                          \
+    for (int i = 0; i < kCount; ++i) z[i] = activate<Activation::name, T>(z[i], param); \
     break;
     FBC_ACTIVATIONS(FBC_CASE)
 #undef FBC_CASE
@@ -33,13 +33,13 @@ template <typename T, int kCount>
 FBC_DEVICE void differentiate_each(Activation activation, const T (&saved)[kCount],
                                    T (&grad)[kCount], T param) {
   switch (activation) {
-#define FBC_CASE(name)                                                                           \
-  case Activation::name:                                                                         \
-    FBC_UNROLL                                                                                   \
-    for (int i = 0; i < kCount; ++i) {                                                           \
-      const T slope = activation_derivative<Activation::name, T>(saved[i], param);               \
-      grad[i] = slope == T(0) ? T(0) : grad[i] * slope;                                          \
-    }                                                                                            \
+#define FBC_CASE(name)                                                             \
+  case Activation::name:                                                           \
+    FBC_UNROLL                                                                     \
+    for (int i = 0; i < kCount; ++i) {                                             \
+      const T slope = activation_derivative<Activation::name, T>(saved[i], param); \
+      grad[i] = slope == T(0) ? T(0) : grad[i] * slope;                            \
+    }                                                                              \
     break;
     FBC_ACTIVATIONS(FBC_CASE)
 #undef FBC_CASE

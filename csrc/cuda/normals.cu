@@ -1,10 +1,11 @@
 // The noise itself: normals, raw Philox words and derived seeds.
 //
-//   normals       out[i] = eps of element first + i          a thread: one Philox block, four elements
-//   philox        out[i] = Philox4x32-10(counter[i], key[i])
-//   derive_seeds  out[i] = (word 0 | word 1 << 32, word 2 | word 3 << 32) of block first + i, stream 15
+//   normals       out[i] = eps of element first + i          a thread: one Philox block, four
+//   elements philox        out[i] = Philox4x32-10(counter[i], key[i]) derive_seeds  out[i] = (word
+//   0 | word 1 << 32, word 2 | word 3 << 32) of block first + i, stream 15
 //
-// One launch covers everything, thread by thread; element accesses, bounds checked, no alignment asked.
+// One launch covers everything, thread by thread; element accesses, bounds checked, no alignment
+// asked.
 //
 // Source: core/noise.h, Note [Noise addressing].
 #include "kernels.h"
@@ -31,8 +32,8 @@ void normals_kernel(const int64_t* seed, int64_t sample, Stream stream, uint64_t
   const int64_t start = 4 * thread_number() - static_cast<int64_t>(shift);
   if (start >= count) return;
   float z[4];
-  normal_quad(key_of(seed, sample), stream, (first - shift) + 4 * static_cast<uint64_t>(thread_number()),
-              z);
+  normal_quad(key_of(seed, sample), stream,
+              (first - shift) + 4 * static_cast<uint64_t>(thread_number()), z);
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) {
     if (start + i >= 0 && start + i < count) out[start + i] = z[i];

@@ -6,11 +6,12 @@
 //   grad_rho  = (by_scale + grad_kl * dKL/dscale) * sigmoid(rho)
 //   grad_prior_loc, grad_prior_scale = grad_kl * dKL/dprior_loc, dprior_scale
 //
-// Who owns what (posterior.cuh): block b takes chunk b of the table, a thread two of its quads, so every sum of an element is made by one thread: no order depends on the grid. No tile,
-// no shared memory. Per element and draw 4 (2) bytes of gradient a slab, 8 of parameters, 8 written.
+// Who owns what (posterior.cuh): block b takes chunk b of the table, a thread two of its quads, so
+// every sum of an element is made by one thread: no order depends on the grid. No tile, no shared
+// memory. Per element and draw 4 (2) bytes of gradient a slab, 8 of parameters, 8 written.
 //
-// Bounds: any strides, extents and element_offset; elements that do not exist load as 0 and are never
-// stored. Aligned dense quads move as 16 (8) bytes.
+// Bounds: any strides, extents and element_offset; elements that do not exist load as 0 and are
+// never stored. Aligned dense quads move as 16 (8) bytes.
 //
 // Sources: the formulas are those of core/posterior.h and core/noise.h.
 #include "posterior.cuh"
@@ -19,8 +20,14 @@ namespace fbc::cuda {
 namespace {
 
 enum GradTensor {
-  kGradLoc, kGradRho, kGradPriorLoc, kGradPriorScale,  // written
-  kByLoc, kByRho, kByPriorLoc, kByPriorScale,          // parameters
+  kGradLoc,
+  kGradRho,
+  kGradPriorLoc,
+  kGradPriorScale,  // written
+  kByLoc,
+  kByRho,
+  kByPriorLoc,
+  kByPriorScale,  // parameters
   kByWeight,
   kGradTensors
 };
@@ -30,7 +37,8 @@ using GradTable = Table<PosteriorGradEntry<T>, kCapacity>;
 template <typename T>
 using GradRow = TableRow<PosteriorGradEntry<T>>;
 
-// ---- device ---------------------------------------------------------------------------------------
+// ---- device ---------------------------------------------------------------------------------
+
 // sum = sum over slabs, in order. Slabs come dense from the weight gradient's kernel.
 template <bool kDense, bool kRare, typename T>
 FBC_DEVICE void sum_slabs(const GradRow<T>& row, const Quad& quad, const void* grad, T (&sum)[4]) {
@@ -39,7 +47,7 @@ FBC_DEVICE void sum_slabs(const GradRow<T>& row, const Quad& quad, const void* g
   const int64_t step = e.grad_slab_stride * size_of(e.grad_dtype);
   const auto* data = static_cast<const unsigned char*>(grad);
   load_quad<kDense, kRare>(e.grad_dtype, row.map, quad, data, e.grad_stride, packed, sum);
-  constexpr int kInFlight = kDense ? 2 : 1;
+  [[maybe_unused]] constexpr int kInFlight = kDense ? 2 : 1;
   FBC_UNROLL_BY(kInFlight)
   for (int slab = 1; slab < static_cast<int>(e.slabs); ++slab) {
     T value[4];
@@ -68,9 +76,9 @@ FBC_DEVICE void sum_draws(const GradRow<T>& row, const Quad& quad, T (&by_loc)[4
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) by_loc[i] += grad[i];
     if (e.seed == nullptr) continue;
-    const NoiseKey noise = {static_cast<uint64_t>(e.seed[0]),
-                            static_cast<uint64_t>(e.seed[1]) + p.noise.offset +
-                                static_cast<uint64_t>(s)};
+    const NoiseKey noise = {
+        static_cast<uint64_t>(e.seed[0]),
+        static_cast<uint64_t>(e.seed[1]) + p.noise.offset + static_cast<uint64_t>(s)};
     float eps[4];
     normals_of(noise, p.stream, p.element_offset, quad, eps);
     FBC_UNROLL
@@ -100,7 +108,8 @@ FBC_DEVICE void load_prior(const GradRow<T>& row, const Quad& quad, T (&center)[
 
 template <bool kDense, typename T>
 FBC_DEVICE void store_gradient(const GradRow<T>& row, const Quad& quad, T* data,
-                               const WeightStrides& stride, GradTensor tensor, const T (&value)[4]) {
+                               const WeightStrides& stride, GradTensor tensor,
+                               const T (&value)[4]) {
   if (data == nullptr) return;
   store_quad<kDense>(kDtypeOf<T>, row.map, quad, data, stride, row.packed >> tensor & 1u, value);
 }
@@ -111,8 +120,10 @@ FBC_DEVICE void store_prior_gradients(const GradRow<T>& row, const Quad& quad, T
   const PosteriorGradEntry<T>& e = row.entry;
   const PosteriorParams<T>& p = e.posterior;
   T loc[4], rho[4], center[4], inverse[4];
-  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.loc, p.loc_stride, row.packed >> kByLoc & 1u, loc);
-  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.rho, p.rho_stride, row.packed >> kByRho & 1u, rho);
+  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.loc, p.loc_stride, row.packed >> kByLoc & 1u,
+                    loc);
+  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.rho, p.rho_stride, row.packed >> kByRho & 1u,
+                    rho);
   load_prior<kDense>(row, quad, center, inverse);
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -138,21 +149,24 @@ FBC_DEVICE void finish_quad(const GradRow<T>& row, const Quad& quad, T grad_kl, 
     return;
   }
   T loc[4], rho[4], center[4], inverse[4];
-  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.loc, p.loc_stride, row.packed >> kByLoc & 1u, loc);
+  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.loc, p.loc_stride, row.packed >> kByLoc & 1u,
+                    loc);
   const bool packed = row.packed >> kByRho & 1u;
   if (kDense) load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.rho, p.rho_stride, packed, rho);
   load_prior<kDense>(row, quad, center, inverse);
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) {
-    by_loc[i] = posterior_grad(by_loc[i], T(0), grad_kl, loc[i], T(0), center[i], inverse[i],
-                               p.scale_floor).loc;
+    by_loc[i] =
+        posterior_grad(by_loc[i], T(0), grad_kl, loc[i], T(0), center[i], inverse[i], p.scale_floor)
+            .loc;
   }
   store_gradient<kDense>(row, quad, e.grad_loc, e.grad_loc_stride, kGradLoc, by_loc);
   if (!kDense) load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.rho, p.rho_stride, packed, rho);
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) {
-    by_scale[i] = posterior_grad(T(0), by_scale[i], grad_kl, T(0), rho[i], T(0), inverse[i],
-                                 p.scale_floor).rho;
+    by_scale[i] =
+        posterior_grad(T(0), by_scale[i], grad_kl, T(0), rho[i], T(0), inverse[i], p.scale_floor)
+            .rho;
   }
   store_gradient<kDense>(row, quad, e.grad_rho, e.grad_rho_stride, kGradRho, by_scale);
   if (e.grad_prior_loc != nullptr || e.grad_prior_scale != nullptr) {
@@ -160,7 +174,8 @@ FBC_DEVICE void finish_quad(const GradRow<T>& row, const Quad& quad, T grad_kl, 
   }
 }
 
-// Quads `number`, `number` + kEntryThreads, ...: the gradients of all are read before any is written.
+// Quads `number`, `number` + kEntryThreads, ...: the gradients of all are read before any is
+// written.
 template <bool kDense, int kQuads, typename T>
 FBC_DEVICE void backward_quads(const GradRow<T>& row, int64_t number) {
   const T grad_kl = row.entry.grad_kl != nullptr ? *row.entry.grad_kl : T(0);
@@ -194,8 +209,10 @@ void posterior_backward_kernel(FBC_PARAM GradTable<T, kCapacity> table) {
   }
 }
 
-// ---- host -----------------------------------------------------------------------------------------
-// What is not needed becomes null: then it is not read, and does not hinder the merging of dimensions.
+// ---- host -----------------------------------------------------------------------------------
+
+// What is not needed becomes null: then it is not read, and does not hinder the merging of
+// dimensions.
 template <typename T>
 void drop_unused(PosteriorGradEntry<T>& e) {
   PosteriorParams<T>& p = e.posterior;
@@ -223,13 +240,13 @@ TableRow<PosteriorGradEntry<T>> prepare_backward(const PosteriorGradEntry<T>& en
   PosteriorGradEntry<T>& e = row.entry;
   PosteriorParams<T>& p = e.posterior;
   drop_unused(e);
-  const void* data[kGradTensors] = {e.grad_loc, e.grad_rho,  e.grad_prior_loc, e.grad_prior_scale,
-                                    p.loc,      p.rho,       p.prior_loc,      p.prior_scale,
-                                    e.grad_weight};
+  const void* data[kGradTensors] = {e.grad_loc,         e.grad_rho,    e.grad_prior_loc,
+                                    e.grad_prior_scale, p.loc,         p.rho,
+                                    p.prior_loc,        p.prior_scale, e.grad_weight};
   WeightStrides* stride[kGradTensors] = {
-      &e.grad_loc_stride, &e.grad_rho_stride, &e.grad_prior_loc_stride, &e.grad_prior_scale_stride,
-      &p.loc_stride,      &p.rho_stride,      &p.prior_loc_stride,      &p.prior_scale_stride,
-      &e.grad_stride};
+      &e.grad_loc_stride,         &e.grad_rho_stride,    &e.grad_prior_loc_stride,
+      &e.grad_prior_scale_stride, &p.loc_stride,         &p.rho_stride,
+      &p.prior_loc_stride,        &p.prior_scale_stride, &e.grad_stride};
   WeightStrides* used[kGradTensors];
   int count = 0;
   for (int t = 0; t < kGradTensors; ++t)
@@ -263,8 +280,8 @@ int launch_backward(const PosteriorGradEntry<T>* entries, int count, StreamHandl
   }
   if (chunks >= kNarrow) return 1;
   if (chunks == 0) return 0;
-  return gpu::launch(posterior_backward_kernel<T, kCapacity>,
-                     dim3(static_cast<unsigned>(chunks)), kEntryThreads, 0, stream, table);
+  return gpu::launch(posterior_backward_kernel<T, kCapacity>, dim3(static_cast<unsigned>(chunks)),
+                     kEntryThreads, 0, stream, table);
 }
 
 }  // namespace

@@ -1,22 +1,25 @@
-// A table of posteriors in one launch: every draw of every weight, rounded once, and the KL of each.
+// A table of posteriors in one launch: every draw of every weight, rounded once, and the KL of
+// each.
 //
 //   scale = floor + softplus(rho)     weight[s, e] = loc[e] + scale[e] * eps[s, e]     e = element
 //   kl    = sum over e of KL(N(loc, scale) | N(prior_loc, prior_scale))
 //
-// Who owns what (posterior.cuh): a block takes chunks blockIdx.x, + gridDim.x, ...; a thread two quads
-// of a chunk. loc and rho are read once; the draws are the inner loop. No tile: data goes from memory to
-// registers and back. Per element 8 bytes read and 4, or 2, written per draw; one Philox call serves
-// four elements of a draw.
+// Who owns what (posterior.cuh): a block takes chunks blockIdx.x, + gridDim.x, ...; a thread two
+// quads of a chunk. loc and rho are read once; the draws are the inner loop. No tile: data goes
+// from memory to registers and back. Per element 8 bytes read and 4, or 2, written per draw; one
+// Philox call serves four elements of a draw.
 //
 // KL, the same bits whatever the grid:
 //
 //   element -> quad -> thread (two quads) -> warp (butterfly) -> chunk (warps in order)    in T
-//   slot[chunk] -> lane (slots l, l + 32, ...) -> warp (butterfly) -> kl                   in double
+//   slot[chunk] -> lane (slots l, l + 32, ...) -> warp (butterfly) -> kl                   in
+//   double
 //
-// The second line is done by the last block to finish, one warp an entry; a ticket tells which block.
+// The second line is done by the last block to finish, one warp an entry; a ticket tells which
+// block.
 //
-// Bounds: any strides, extents and element_offset; elements that do not exist load as 0 and are never
-// stored. Aligned dense quads move as 16 (8) bytes.
+// Bounds: any strides, extents and element_offset; elements that do not exist load as 0 and are
+// never stored. Aligned dense quads move as 16 (8) bytes.
 //
 // Sources: the formulas are those of core/posterior.h and core/noise.h. The ticket is the
 // threadFenceReduction scheme of NVIDIA's CUDA samples.
@@ -33,7 +36,9 @@ constexpr int64_t kTicketBytes = 256;
 // that few blocks draw a ticket.
 constexpr int64_t kEntryBlocks = 1056;
 inline dim3 grid_for(int64_t blocks) {
-  return dim3(static_cast<unsigned>(blocks < 1 ? 1 : blocks < kEntryBlocks ? blocks : kEntryBlocks));
+  return dim3(static_cast<unsigned>(blocks < 1              ? 1
+                                    : blocks < kEntryBlocks ? blocks
+                                                            : kEntryBlocks));
 }
 
 template <typename T, int kCapacity>
@@ -41,7 +46,7 @@ struct SampleTable {
   Table<SampleEntry<T>, kCapacity> table;
   uint32_t slot[kCapacity];  // first slot of an entry with a KL
   T* slots;
-  uint32_t* ticket;          // null: no entry wants its KL
+  uint32_t* ticket;  // null: no entry wants its KL
 };
 
 template <typename T>
@@ -49,7 +54,7 @@ FBC_INLINE bool has_kl(const SampleEntry<T>& e) {
   return e.kl != nullptr && e.posterior.rho != nullptr;
 }
 
-// ---- device ---------------------------------------------------------------------------------------
+// ---- device ---------------------------------------------------------------------------------
 template <typename T>
 FBC_DEVICE T warp_sum(T value) {
   FBC_UNROLL
@@ -111,7 +116,8 @@ FBC_DEVICE void draw_quads(const TableRow<SampleEntry<T>>& row, const Quad (&qua
 
 // A point mass: every draw is loc.
 template <bool kDense, typename T>
-FBC_DEVICE void copy_quad(const TableRow<SampleEntry<T>>& row, const Quad& quad, const T (&loc)[4]) {
+FBC_DEVICE void copy_quad(const TableRow<SampleEntry<T>>& row, const Quad& quad,
+                          const T (&loc)[4]) {
   const SampleEntry<T>& e = row.entry;
   auto* to = static_cast<unsigned char*>(e.sample);
   for (int64_t s = 0; s < e.num_samples; ++s) {
@@ -130,10 +136,8 @@ FBC_DEVICE T sample_quads(const TableRow<SampleEntry<T>>& row, int64_t number) {
   FBC_UNROLL
   for (int j = 0; j < kQuads; ++j) {
     quad[j] = quad_of<kDense>(row.map, number + j * kEntryThreads);
-    load_quad<kDense>(kDtypeOf<T>, row.map, quad[j], p.loc, p.loc_stride, row.packed >> kLoc & 1u, loc[j]);
-    if (p.rho != nullptr) {
-      load_quad<kDense>(kDtypeOf<T>, row.map, quad[j], p.rho, p.rho_stride, row.packed >> kRho & 1u, scale[j]);
-    }
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad[j], p.loc, p.loc_stride, row.packed >> kLoc & 1u,
+                      loc[j]);
   }
   if (p.rho == nullptr) {
     FBC_UNROLL
@@ -141,6 +145,11 @@ FBC_DEVICE T sample_quads(const TableRow<SampleEntry<T>>& row, int64_t number) {
       if (row.entry.sample != nullptr) copy_quad<kDense>(row, quad[j], loc[j]);
     }
     return T(0);
+  }
+  FBC_UNROLL
+  for (int j = 0; j < kQuads; ++j) {
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad[j], p.rho, p.rho_stride, row.packed >> kRho & 1u,
+                      scale[j]);
   }
   T kl = T(0);
   FBC_UNROLL
@@ -242,7 +251,7 @@ void scale_kernel(FBC_PARAM TableRow<PosteriorParams<float>> row, FBC_PARAM Weig
   }
 }
 
-// ---- host -----------------------------------------------------------------------------------------
+// ---- host -----------------------------------------------------------------------------------
 template <typename T>
 int64_t chunks_of_entry(const SampleEntry<T>& e) {
   const PosteriorParams<T>& p = e.posterior;
