@@ -72,6 +72,8 @@ def tests(bench: Bench) -> dict[str, Any]:
 def sanitizer(bench: Bench, tool: str) -> dict[str, Any]:
     """compute-sanitizer on the tiny program. Dry runs run the program alone."""
     bench.need_ours()
+    if bench.dry and tool != "memcheck":
+        raise NotMeasured("dry run: the program ran once")
     target = str(Path(__file__).with_name("sanitize_target.py"))
     program = process.python(target, "--device", bench.device.type)
     command = program

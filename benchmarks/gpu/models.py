@@ -134,17 +134,17 @@ def compiled(bench: Bench) -> dict[str, Any]:
 def host_time(bench: Bench) -> dict[str, Any]:
     """Seconds of the host per call of a 64 > 64, 3 x 3 layer on tiny images, device not awaited."""
     rows = {}
-    count = 2 if bench.dry else 50
+    count, repeats = (1, 1) if bench.dry else (50, 5)
     for name in EVERY:
         for direction in ("forward", "step"):
 
             def measure(name: str = name, direction: str = direction) -> dict[str, Any]:
                 with bench.part(name):
                     call = build(bench, name, "layer", 2).call(direction)
-                    for _ in range(5):
+                    for _ in range(repeats):
                         call()
                     with clocks.no_collector():
-                        times = [bench.clock.host(call, count) for _ in range(5)]
+                        times = [bench.clock.host(call, count) for _ in range(repeats)]
                 return {"seconds": clocks.quartiles(times)}
 
             rows[f"{name} {direction}"] = outcome(bench, measure)
