@@ -1,7 +1,7 @@
 // What the test programs of this folder share: arguments, data, comparisons, the report.
 //
 //   int main(int argc, char** argv) {
-//     fbc::test::Suite suite(argc, argv);              // program [scheduling seed [quick]]
+//     fbc::test::Suite suite(argc, argv);              // program [seed of the schedule [quick]]
 //     suite.group("sums");
 //     auto x = fbc::test::integers<float>(100, -4, 4, suite.random);
 //     auto y = fbc::test::poisoned<float>(1);          // NaN until written
@@ -155,6 +155,9 @@ class Suite {
   Random random;
 
   Suite(int argc, char** argv) {
+#if !defined(__CUDACC__)
+    seed = simt::settings().seed;
+#endif
     if (argc > 1) seed = static_cast<uint32_t>(std::strtoul(argv[1], nullptr, 10));
     for (int i = 1; i < argc; ++i) quick = quick || std::strcmp(argv[i], "quick") == 0;
 #if !defined(__CUDACC__)

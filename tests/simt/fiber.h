@@ -181,8 +181,17 @@ inline void discard_fiber(Fiber& fiber) {
   (void)fiber;
 }
 
-// No happens-before for ThreadSanitizer: a switch is not a barrier. `last`: `from` never comes
-// back.
+// A fiber that will never run again: what it did happened before what follows after_there(token).
+inline void abandon_fiber(Fiber& fiber, Fiber& host, void* token) {
+#if defined(FBC_SIMT_TSAN)
+  __tsan_switch_to_fiber(fiber.identity, __tsan_switch_to_fiber_no_sync);
+  __tsan_release(token);
+  __tsan_switch_to_fiber(host.identity, __tsan_switch_to_fiber_no_sync);
+#endif
+  (void)fiber, (void)host, (void)token;
+}
+
+// To ThreadSanitizer a switch is no barrier.
 __attribute__((always_inline)) inline void switch_fiber(Fiber& from, Fiber& to, bool last = false) {
 #if defined(FBC_SIMT_ASAN)
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.bottom, to.size);

@@ -152,7 +152,7 @@ class Residents {
           continue;
         }
         report_deadlock();
-        return;
+        break;
       }
       patience_ = 0;
       Block& b = *blocks_[at_];
@@ -166,6 +166,12 @@ class Residents {
         finish_block(b);
         --live_;
         refill(at_);
+      }
+    }
+    for (const auto& b : blocks_) {
+      if (b->live == 0) continue;  // the others of a launch that failed
+      for (Thread& t : b->threads) {
+        if (t.state != State::kDone) abandon_fiber(t.fiber, b->host, &launch_.end);
       }
     }
     block = nullptr;

@@ -96,7 +96,7 @@ inline void expect_shared(const void* p, size_t bytes) {
     simt::fail("misaligned shared address: %zu bytes at offset %td", bytes, at - base);
   }
 }
-inline void finish_copy(simt::Copy& copy) {
+inline void finish_copy(simt::Copy copy) {
   if (copy.done) {
     return;
   } else if (copy.valid) {
@@ -104,7 +104,6 @@ inline void finish_copy(simt::Copy& copy) {
   } else {
     std::memset(copy.to, 0, static_cast<size_t>(copy.bytes));
   }
-  copy.done = true;
 }
 
 // At the wait with seed 0, else there or at once; until then the destination is NaN.
@@ -152,7 +151,14 @@ inline void copy_wait(Site at = here("copy_wait")) {
       ++finished;
     }
   }
-  for (size_t i = 0; i < finished; ++i) finish_copy((*copies)[i]);
+  for (size_t i = 0; i < finished; ++i) {
+    simt::Copy copy;  // of the interpreter's own record, which the race detector must not see
+    {
+      const simt::Quiet quiet;
+      copy = (*copies)[i];
+    }
+    finish_copy(copy);
+  }
   const simt::Quiet quiet;
   copies->erase(copies->begin(), copies->begin() + static_cast<std::ptrdiff_t>(finished));
 }
