@@ -28,6 +28,8 @@
 
 #include "dgrad_tile.cuh"
 
+#include <type_traits>
+
 namespace fbc::cuda {
 
 template <typename T>
@@ -54,62 +56,43 @@ FBC_DEVICE void dgrad_multiply(Accumulators<DgradTile>& acc, const unsigned char
 }
 
 // What is loaded next: a step of the reduction of one draw.
-struct DgradWalk {
-  Tap grad, weight;          // of this thread's chunk of grad, and of its first row of weights
-  int32_t draw, steps_left;  // of the draw
-};
-
 template <typename T, bool kPrivate, bool kAligned>
 struct DgradLoader {
-  using Rows = WeightRows<T, kPrivate ? 4 : kChunkElements<T>>;
   const DgradArgs& a;
   const DgradShared& shared;
-  int32_t group, channel;
-  DgradWalk at;
+  int32_t group, channel;    // channel: the tile's first
+  int32_t draw, steps_left;  // of the draw
+  DgradGrad<T, kAligned> grad;
+  std::conditional_t<kPrivate, SampledWeight<T>, GivenWeight<T, kAligned>> weight;
 
   FBC_DEVICE DgradLoader(const DgradArgs& args, const DgradShared& memory, int32_t in_group,
-                         int32_t first_channel, int32_t draw)
-      : a(args), shared(memory), group(in_group), channel(first_channel) {
-    at.draw = draw - 1;
-    next_draw();
+                         int32_t first_channel, int32_t first_draw)
+      : a(args), shared(memory), group(in_group), channel(first_channel), draw(first_draw) {
+    start_draw();
   }
-  FBC_DEVICE void next_draw() {
-    const int thread = static_cast<int>(threadIdx.x);
-    at.grad = tap_of(thread % kRowChunks * kChunkElements<T>, shared.phase.taps);
-    at.weight = tap_of(Rows::row(), shared.phase.taps);
-    at.steps_left = covers(shared.phase.depth, kDepth<T>);
-    ++at.draw;
+  FBC_DEVICE void start_draw() {
+    steps_left = covers(shared.phase.depth, kDepth<T>);
+    grad.start(a, shared, group, draw);
+    weight.start(a, shared, group, channel, draw);
   }
   FBC_DEVICE void load(unsigned char* stage) {
-    const Phase& phase = shared.phase;
-    const T* grad = static_cast<const T*>(a.grad) +
-                    int64_t{at.draw} * a.shape.rows * a.grad_stride.n + int64_t{group} * a.shape.K;
-    dgrad_load_grad<T, kAligned>(a, phase, grad, at.grad, shared.tile, stage);
-    const int32_t first_filter = group * a.shape.K;
-    if constexpr (kPrivate) {
-      dgrad_sample_weight<T>(a, phase, draw_key(a.sampler, at.draw), first_filter, channel,
-                             at.weight, shared.weight_step, stage);
+    grad.load(a, shared, stage);
+    weight.load(a, shared, stage);
+    if (--steps_left == 0) {
+      ++draw;
+      start_draw();
     } else {
-      const int64_t filters = int64_t{at.draw} * a.shape.groups * a.shape.K + first_filter;
-      dgrad_load_weight<T, kAligned>(a, phase,
-                                     static_cast<const T*>(a.weight) + filters * a.shape.columns,
-                                     channel, at.weight, shared.weight_step, stage);
-    }
-    if (--at.steps_left == 0) {
-      next_draw();
-    } else {
-      advance_tap(at.grad, shared.grad_step, phase.taps);
-      advance_tap(at.weight, shared.grad_step, phase.taps);
+      grad.advance(a, shared);
+      weight.advance(a, shared);
     }
   }
 };
 
-template <typename T, bool kPrivate>
+template <typename T>
 FBC_DEVICE void dgrad_share(const DgradArgs& a, int32_t phase, DgradShared& shared) {
   shared.phase = Phase(a, phase);
-  shared.grad_step = tap_of(kDepth<T>, shared.phase.taps);
-  shared.weight_step =
-      tap_of(WeightRows < T, kPrivate ? 4 : kChunkElements < T >> ::kRowStep, shared.phase.taps);
+  shared.depth_step = tap_of(kDepth<T>, shared.phase.taps);
+  shared.row_step = tap_of(WeightRows<T, 4>::kRowStep, shared.phase.taps);
 }
 
 // Block index = (((group * tile_draws + draw) * phases + phase) * pixel_tiles + pixel tile) *
@@ -125,7 +108,7 @@ void dgrad_kernel(FBC_PARAM DgradArgs a) {
   index /= a.channel_tiles;
   const int32_t first_pixel = index % a.pixel_tiles * Tile::kPixels;
   index /= a.pixel_tiles;
-  if (thread == 0) dgrad_share<T, kPrivate>(a, index % a.phases, shared);
+  if (thread == 0) dgrad_share<T>(a, index % a.phases, shared);
   index /= a.phases;
   const int32_t draw = index % a.tile_draws, group = index / a.tile_draws;
   gpu::sync();
@@ -136,7 +119,7 @@ void dgrad_kernel(FBC_PARAM DgradArgs a) {
   gpu::sync();
   DgradLoader<T, kPrivate, kAligned> loader(a, shared, group, channel, draw);
   const int32_t draws = a.shape.share_input ? a.shape.num_samples : 1;
-  const int32_t steps = a.shape.P > 0 && a.shape.Q > 0 ? draws * loader.at.steps_left : 0;
+  const int32_t steps = a.shape.P > 0 && a.shape.Q > 0 ? draws * loader.steps_left : 0;
   const auto load = [&](int stage, bool any) {
     if (any) loader.load(shared.tile.stage[stage]);
     gpu::copy_commit();

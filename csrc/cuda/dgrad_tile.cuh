@@ -70,8 +70,8 @@ struct Phase {
 struct DgradShared {
   ConvShared<DgradTile> tile;
   Phase phase;
-  Tap grad_step,
-      weight_step;  // kDepth, and the rows of weights between two of one thread, as digits
+  Tap depth_step;  // kDepth as digits
+  Tap row_step;    // what is between two rows that a thread samples
 };
 
 // Pixels of a tile: where they lie in the gradient (as if the taps' shifts were 0) and in the
@@ -105,32 +105,73 @@ FBC_DEVICE const T* dgrad_source(const DgradArgs& a, const Phase& phase, const T
   return inside ? grad + row.offset + dp * a.grad_stride.h + dq * a.grad_stride.w + at.c : nullptr;
 }
 
-// A stage's gradient: rows of 64 bytes, a thread loads chunk threadIdx.x % 4 of every 32nd row.
-// `grad`: channel 0 of the group, row 0 of the draw. `tap`: of this thread's chunk.
+// A stage's gradient: rows of 64 bytes; a thread copies chunk threadIdx.x % 4 of every 32nd row.
+// Where chunks are aligned, their addresses move on by kDepth filters until the tap ends.
 template <typename T, bool kAligned>
-FBC_DEVICE void dgrad_load_grad(const DgradArgs& a, const Phase& phase, const T* grad,
-                                const Tap& tap, const ConvShared<DgradTile>& shared,
-                                unsigned char* stage) {
-  constexpr int kRowStep = DgradTile::kThreads / kRowChunks;
-  const int thread = static_cast<int>(threadIdx.x);
-  FBC_UNROLL
-  for (int i = 0; i < DgradTile::kPixels / kRowStep; ++i) {
-    const int row = thread / kRowChunks + i * kRowStep;
-    unsigned char* to = stage + chunk_offset<kRowChunks>(row, thread % kRowChunks);
-    const PixelRow pixel = shared.rows[row];
-    if (kAligned || a.grad_aligned) {
-      const T* from = dgrad_source(a, phase, grad, pixel, tap);
-      gpu::copy_async<16>(to, from != nullptr ? from : grad, from != nullptr);
-    } else {
-      Tap next = tap;
-      gather_chunk(to, grad, [&]() -> const T* {
-        const T* from = dgrad_source(a, phase, grad, pixel, next);
-        next_column(next, phase.taps);
-        return from;
-      });
+struct DgradGrad {
+  static constexpr int kRowStep = DgradTile::kThreads / kRowChunks;
+  static constexpr int kRows = DgradTile::kPixels / kRowStep;
+  static_assert(kRowStep % 8 == 0, "the rows of a thread share their swizzle");
+  const T* draw;  // channel 0 of the group, row 0 of the draw
+  Tap tap;        // of this thread's chunk
+  const T* from[kAligned ? kRows : 1];
+  uint32_t inside;  // bit i: from[i] is read
+
+  FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group,
+                        int32_t number) {
+    draw = static_cast<const T*>(a.grad) + int64_t{number} * a.shape.rows * a.grad_stride.n +
+           int64_t{group} * a.shape.K;
+    tap = tap_of(static_cast<int>(threadIdx.x) % kRowChunks * kChunkElements<T>, shared.phase.taps);
+    aim(a, shared);
+  }
+  FBC_DEVICE void aim(const DgradArgs& a, const DgradShared& shared) {
+    if constexpr (kAligned) {
+      inside = 0;
+      FBC_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const int row = static_cast<int>(threadIdx.x) / kRowChunks + i * kRowStep;
+        from[i] = dgrad_source(a, shared.phase, draw, shared.tile.rows[row], tap);
+        inside |= from[i] != nullptr ? 1u << i : 0u;
+      }
     }
   }
-}
+  FBC_DEVICE void advance(const DgradArgs& a, const DgradShared& shared) {
+    if (kAligned && tap.c + kDepth<T> < shared.phase.taps.C) {
+      tap.c += kDepth<T>;
+      FBC_UNROLL
+      for (int i = 0; i < (kAligned ? kRows : 0); ++i) from[i] += kDepth<T>;
+    } else {
+      advance_tap(tap, shared.depth_step, shared.phase.taps);
+      aim(a, shared);
+    }
+  }
+  FBC_DEVICE void load(const DgradArgs& a, const DgradShared& shared, unsigned char* stage) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    unsigned char* to = stage + chunk_offset<kRowChunks>(thread / kRowChunks, thread % kRowChunks);
+    FBC_UNROLL
+    for (int i = 0; i < kRows; ++i, to += kRowStep * kRowBytes) {
+      if constexpr (kAligned) {
+        gpu::copy_async<16>(to, from[i], (inside >> i & 1u) != 0);
+      } else {
+        load_row(a, shared, shared.tile.rows[thread / kRowChunks + i * kRowStep], to);
+      }
+    }
+  }
+  FBC_DEVICE void load_row(const DgradArgs& a, const DgradShared& shared, const PixelRow& pixel,
+                           unsigned char* to) const {
+    if (a.grad_aligned) {
+      const T* source = dgrad_source(a, shared.phase, draw, pixel, tap);
+      gpu::copy_async<16>(to, source, source != nullptr);
+      return;
+    }
+    Tap next = tap;
+    gather_chunk(to, draw, [&]() -> const T* {
+      const T* source = dgrad_source(a, shared.phase, draw, pixel, next);
+      next_column(next, shared.phase.taps);
+      return source;
+    });
+  }
+};
 
 // A stage's weights: kDepth rows of 64 channels, row t is filter and tap t of the step. A thread
 // has kWidth channels of kRowsEach rows.
@@ -141,8 +182,14 @@ struct WeightRows {
   static constexpr int kRowStep = DgradTile::kThreads / kPerRow;
   static constexpr int kRowsEach = kDepth<T> / kRowStep;
 
-  static FBC_DEVICE int row() { return static_cast<int>(threadIdx.x) / kPerRow; }
+  static FBC_DEVICE int row(int i) {
+    return static_cast<int>(threadIdx.x) / kPerRow + i * kRowStep;
+  }
   static FBC_DEVICE int channel() { return static_cast<int>(threadIdx.x) % kPerRow * kWidth; }
+  static FBC_DEVICE unsigned char* place(unsigned char* stage, int i) {
+    return stage + DgradTile::kWeights +
+           tile_offset<T, kChunks>(transposed_row<T>(row(i)), channel());
+  }
 };
 
 // The filter tap that a Tap of the phase is, as r * S + s.
@@ -150,55 +197,94 @@ FBC_DEVICE int32_t filter_tap(const DgradArgs& a, const Phase& phase, const Tap&
   return (phase.h.r0 + at.r * a.tap_step_h) * a.shape.S + phase.w.r0 + at.s * a.tap_step_w;
 }
 
-// kGiven. `weight`: of the draw and group. `tap`: of this thread's first row.
+// kGiven: from memory.
 template <typename T, bool kAligned>
-FBC_DEVICE void dgrad_load_weight(const DgradArgs& a, const Phase& phase, const T* weight,
-                                  int32_t first_channel, Tap tap, const Tap& row_step,
-                                  unsigned char* stage) {
+struct GivenWeight {
   using Rows = WeightRows<T, kChunkElements<T>>;
-  const int32_t channel = first_channel + Rows::channel();
-  FBC_UNROLL
-  for (int i = 0; i < Rows::kRowsEach; ++i) {
-    const int row = Rows::row() + i * Rows::kRowStep;
-    unsigned char* to =
-        stage + DgradTile::kWeights + tile_offset<T, Rows::kChunks>(row, Rows::channel());
-    const bool inside = tap.r < phase.taps.R;
-    const int64_t at = int64_t{tap.c} * a.shape.columns + filter_tap(a, phase, tap) * a.shape.C;
-    if (kAligned || a.weight_aligned) {
-      const bool valid = inside && channel < a.shape.C;
-      gpu::copy_async<16>(to, valid ? weight + at + channel : weight, valid);
-    } else {
-      int32_t c = channel;
-      gather_chunk(to, weight, [&]() -> const T* {
-        const T* from = inside && c < a.shape.C ? weight + at + c : nullptr;
+  const T* draw;  // of the draw and group, at this thread's first channel
+  Tap tap[Rows::kRowsEach];
+  const T* from[Rows::kRowsEach];
+  int32_t channels;  // from the thread's first on
+
+  FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group,
+                        int32_t first_channel, int32_t number) {
+    const int64_t filters = (int64_t{number} * a.shape.groups + group) * a.shape.K;
+    const int32_t channel = first_channel + Rows::channel();
+    draw = static_cast<const T*>(a.weight) + filters * a.shape.columns + channel;
+    channels = a.shape.C - channel;
+    FBC_UNROLL
+    for (int i = 0; i < Rows::kRowsEach; ++i) {
+      tap[i] = tap_of(Rows::row(i), shared.phase.taps);
+      aim(a, shared, i);
+    }
+  }
+  FBC_DEVICE void aim(const DgradArgs& a, const DgradShared& shared, int i) {
+    from[i] = draw + int64_t{tap[i].c} * a.shape.columns +
+              int64_t{filter_tap(a, shared.phase, tap[i])} * a.shape.C;
+  }
+  FBC_DEVICE void advance(const DgradArgs& a, const DgradShared& shared) {
+    FBC_UNROLL
+    for (int i = 0; i < Rows::kRowsEach; ++i) {
+      if (tap[i].c + kDepth<T> < shared.phase.taps.C) {
+        tap[i].c += kDepth<T>;
+        from[i] += int64_t{kDepth<T>} * a.shape.columns;
+      } else {
+        advance_tap(tap[i], shared.depth_step, shared.phase.taps);
+        aim(a, shared, i);
+      }
+    }
+  }
+  FBC_DEVICE void load(const DgradArgs& a, const DgradShared& shared, unsigned char* stage) const {
+    FBC_UNROLL
+    for (int i = 0; i < Rows::kRowsEach; ++i) {
+      const bool inside = tap[i].r < shared.phase.taps.R;
+      if (kAligned || a.weight_aligned) {
+        gpu::copy_async<16>(Rows::place(stage, i), from[i], inside && channels > 0);
+        continue;
+      }
+      int32_t c = 0;
+      gather_chunk(Rows::place(stage, i), static_cast<const T*>(a.weight), [&]() -> const T* {
+        const T* source = inside && c < channels ? from[i] + c : nullptr;
         ++c;
-        return from;
+        return source;
       });
     }
-    advance_tap(tap, row_step, phase.taps);
   }
-}
+};
 
-// kPrivate: the same rows, drawn from their addresses. `first_filter`: of the group.
+// kPrivate: drawn by the block, from their addresses.
 template <typename T>
-FBC_DEVICE void dgrad_sample_weight(const DgradArgs& a, const Phase& phase, NoiseKey key,
-                                    int32_t first_filter, int32_t first_channel, Tap tap,
-                                    const Tap& row_step, unsigned char* stage) {
+struct SampledWeight {
   using Rows = WeightRows<T, 4>;
-  const int32_t channel = first_channel + Rows::channel();
-  for (int i = 0; i < Rows::kRowsEach; ++i) {
-    float value[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (tap.r < phase.taps.R && channel < a.shape.C) {
-      const int32_t k = first_filter + tap.c, column = filter_tap(a, phase, tap) * a.shape.C;
-      const WeightQuad quad = load_weight_quad(a.sampler, k, column + channel, column + a.shape.C);
-      draw_weight_quad(a.sampler, quad, key, k, column + channel, value);
-    }
-    store_weight_quad(reinterpret_cast<T*>(stage + DgradTile::kWeights +
-                                           tile_offset<T, Rows::kChunks>(
-                                               Rows::row() + i * Rows::kRowStep, Rows::channel())),
-                      value);
-    advance_tap(tap, row_step, phase.taps);
+  Tap tap;  // of this thread's first row
+  int32_t first_filter, channel, number;
+
+  FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group,
+                        int32_t first_channel, int32_t of_draw) {
+    first_filter = group * a.shape.K;
+    channel = first_channel + Rows::channel();
+    number = of_draw;
+    tap = tap_of(Rows::row(0), shared.phase.taps);
   }
-}
+  FBC_DEVICE void advance(const DgradArgs&, const DgradShared& shared) {
+    advance_tap(tap, shared.depth_step, shared.phase.taps);
+  }
+  FBC_DEVICE void load(const DgradArgs& a, const DgradShared& shared, unsigned char* stage) const {
+    const Phase& phase = shared.phase;
+    const NoiseKey key = draw_key(a.sampler, number);
+    Tap at = tap;
+    for (int i = 0; i < Rows::kRowsEach; ++i) {
+      float value[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (at.r < phase.taps.R && channel < a.shape.C) {
+        const int32_t k = first_filter + at.c, column = filter_tap(a, phase, at) * a.shape.C;
+        const WeightQuad quad =
+            load_weight_quad(a.sampler, k, column + channel, column + a.shape.C);
+        draw_weight_quad(a.sampler, quad, key, k, column + channel, value);
+      }
+      store_weight_quad(reinterpret_cast<T*>(Rows::place(stage, i)), value);
+      advance_tap(at, shared.row_step, phase.taps);
+    }
+  }
+};
 
 }  // namespace fbc::cuda

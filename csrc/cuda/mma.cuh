@@ -78,6 +78,18 @@ FBC_DEVICE void load_b(uint32_t (&b)[4], const unsigned char* tile, int row, int
                                                      chunk + ((lane >> 3) & 1)));
   round_fragment<T>(b);
 }
+// Of a float tile [k][m] or [k][n], reduction index k of a product's 8 is row transposed_row(k): the
+// four rows that a load reads at once then lie in different banks. Where both operands are
+// transposed the order does not matter; a tile [k][n] that meets a tile [m][k] is filled with it.
+template <typename T>
+FBC_DEVICE int transposed_row(int k) {
+  if constexpr (sizeof(T) == 2) {
+    return k;
+  } else {
+    return (k & ~7) | ((k & 3) << 1) | ((k >> 2) & 1);
+  }
+}
+
 // a: columns [column, column + 16) by rows [row, row + depth) of a tile [k][m].
 template <typename T, int kChunks>
 FBC_DEVICE void load_a_transposed(uint32_t (&a)[4], const unsigned char* tile, int row, int column,
@@ -90,7 +102,7 @@ FBC_DEVICE void load_a_transposed(uint32_t (&a)[4], const unsigned char* tile, i
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) {
       a[i] = *reinterpret_cast<const uint32_t*>(
-          tile + tile_offset<T, kChunks>(row + (lane & 3) + 4 * (i >> 1),
+          tile + tile_offset<T, kChunks>(row + 2 * (lane & 3) + (i >> 1),
                                             column + (lane >> 2) + 8 * (i & 1)));
     }
     round_fragment<T>(a);
@@ -108,7 +120,7 @@ FBC_DEVICE void load_b_transposed(uint32_t (&b)[4], const unsigned char* tile, i
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) {
       b[i] = *reinterpret_cast<const uint32_t*>(
-          tile + tile_offset<T, kChunks>(row + (lane & 3) + 4 * (i & 1),
+          tile + tile_offset<T, kChunks>(row + 2 * (lane & 3) + (i & 1),
                                             column + (lane >> 2) + 8 * (i >> 1)));
     }
     round_fragment<T>(b);

@@ -35,7 +35,7 @@ int launch_tiles(WgradArgs a, StreamHandle stream) {
   a.steps *= steps_per_draw;
   a.steps_per_draw = static_cast<int32_t>(std::max<int64_t>(steps_per_draw, 1));
   return gpu::launch(wgrad_kernel<T, kDraws, kAligned>, dim3(static_cast<unsigned>(blocks)),
-                     Tile::kThreads, size_t{Tile::kStages * Tile::kStageBytes}, stream, a);
+                     Tile::kThreads, sizeof(WgradShared<Tile>), stream, a);
 }
 
 template <typename T>

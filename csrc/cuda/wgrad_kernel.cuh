@@ -54,18 +54,6 @@ FBC_DEVICE void clear(float (&x)[kM][kN][4]) {
   }
 }
 
-// Where a warp's sums lie in the tile, and a lane's within an m16n8 tile (gpu.cuh).
-struct WgradPlace {
-  int warp_row, warp_column;  // first filter and first column of the warp, in the tile
-  int lane;
-  int32_t filter, column;  // first of the tile, in the group
-
-  FBC_DEVICE int32_t filter_of(int i, int half) const {
-    return filter + warp_row + 16 * i + 8 * half + (lane >> 2);
-  }
-  FBC_DEVICE int32_t column_of(int j) const { return column + warp_column + 8 * j; }
-};
-
 template <typename T, typename Tile, bool kDraws>
 FBC_DEVICE void wgrad_multiply(WgradSums<Tile, kDraws>& sums, const unsigned char* stage,
                                const WgradPlace& place) {
@@ -90,14 +78,15 @@ FBC_DEVICE void wgrad_multiply(WgradSums<Tile, kDraws>& sums, const unsigned cha
 // and g + 8; a pair of lanes draws four neighbours of either row and swaps halves.
 template <typename Tile>
 FBC_DEVICE void wgrad_finish_draw(const WgradArgs& a, WgradSums<Tile, true>& sums,
-                                  const WgradPlace& place, int group, int32_t draw) {
+                                  const WgradPlace& place, int32_t draw) {
   const NoiseKey noise = {
       static_cast<uint64_t>(a.seed[0]),
       static_cast<uint64_t>(a.seed[1]) + a.noise.offset + static_cast<uint64_t>(draw)};
   const bool odd = (place.lane & 1) != 0;
   FBC_UNROLL
   for (int i = 0; i < Tile::kTall; ++i) {
-    const int64_t k = static_cast<int64_t>(group) * a.shape.K + place.filter_of(i, odd ? 1 : 0);
+    const int64_t k =
+        static_cast<int64_t>(place.group) * a.shape.K + place.filter_of(i, odd ? 1 : 0);
     FBC_UNROLL
     for (int j = 0; j < 2 * Tile::kPairs; ++j) {
       const int64_t column = place.column_of(j) + (place.lane & 2) * 2;
@@ -122,7 +111,7 @@ FBC_DEVICE void wgrad_finish_draw(const WgradArgs& a, WgradSums<Tile, true>& sum
 // Sums of a tile -> slab: column pairs as float2 where the rows of the slab begin on 8 bytes.
 template <int kTall, int kWide>
 FBC_DEVICE void wgrad_store(const WgradArgs& a, const float (&sums)[kTall][kWide][4], float* slab,
-                            const WgradPlace& place, int group) {
+                            const WgradPlace& place) {
   const bool paired = a.shape.columns % 2 == 0 && reinterpret_cast<uintptr_t>(slab) % 8 == 0;
   FBC_UNROLL
   for (int i = 0; i < kTall; ++i) {
@@ -130,7 +119,8 @@ FBC_DEVICE void wgrad_store(const WgradArgs& a, const float (&sums)[kTall][kWide
     for (int half = 0; half < 2; ++half) {
       const int32_t filter = place.filter_of(i, half);
       if (filter >= a.shape.K) continue;
-      float* row = slab + (static_cast<int64_t>(group) * a.shape.K + filter) * a.shape.columns;
+      float* row =
+          slab + (static_cast<int64_t>(place.group) * a.shape.K + filter) * a.shape.columns;
       FBC_UNROLL
       for (int j = 0; j < kWide; ++j) {
         const int32_t column = place.column_of(j) + (place.lane & 3) * 2;
@@ -149,35 +139,35 @@ FBC_DEVICE void wgrad_store(const WgradArgs& a, const float (&sums)[kTall][kWide
 
 // Block index = ((slab * groups + group) * filter_tiles + filter tile) * column_tiles + column
 // tile: neighbours read the same gradient.
+template <typename Tile>
+FBC_DEVICE WgradPlace wgrad_place(const WgradArgs& a) {
+  const int warp = static_cast<int>(threadIdx.x) >> 5;
+  const int32_t block = static_cast<int32_t>(blockIdx.x), tile = block / a.column_tiles;
+  const int32_t slice = tile / a.filter_tiles;
+  WgradPlace place;
+  place.column = (block - tile * a.column_tiles) * Tile::kColumns;
+  place.filter = (tile - slice * a.filter_tiles) * Tile::kFilters;
+  place.slab = slice / a.shape.groups;
+  place.group = slice - place.slab * a.shape.groups;
+  place.warp_row = warp / 2 * 16 * Tile::kTall;
+  place.warp_column = warp % 2 * (Tile::kColumns / 2);
+  place.lane = static_cast<int>(threadIdx.x) & 31;
+  return place;
+}
+
 template <typename T, bool kDraws, bool kAligned>
 FBC_KERNEL((WgradTile<T, kDraws, kAligned>::kThreads), (WgradTile<T, kDraws, kAligned>::kBlocks))
 void wgrad_kernel(FBC_PARAM WgradArgs a) {
   using Tile = WgradTile<T, kDraws, kAligned>;
+  WgradShared<Tile>& shared = *reinterpret_cast<WgradShared<Tile>*>(gpu::shared());
   const int thread = static_cast<int>(threadIdx.x), warp = thread >> 5;
-  int64_t index = blockIdx.x;
-  const int32_t column_tile = static_cast<int32_t>(index % a.column_tiles);
-  index /= a.column_tiles;
-  const int32_t filter_tile = static_cast<int32_t>(index % a.filter_tiles);
-  index /= a.filter_tiles;
-  const int group = static_cast<int>(index % a.shape.groups);
-  const int32_t slab = static_cast<int32_t>(index / a.shape.groups);
-  const WgradPlace place = {warp / 2 * 16 * Tile::kTall, warp % 2 * (Tile::kColumns / 2),
-                            thread & 31, filter_tile * Tile::kFilters,
-                            column_tile * Tile::kColumns};
-  const Tap tap = tap_of(place.column + thread % Tile::kInputChunks * kChunkElements<T>, a.shape);
-
-  const int64_t begin = slab * a.steps / a.slab_count, end = (slab + 1) * a.steps / a.slab_count;
+  const WgradPlace place = wgrad_place<Tile>(a);
+  const int64_t begin = place.slab * a.steps / a.slab_count;
+  const int64_t end = (place.slab + 1) * a.steps / a.slab_count;
+  const int32_t steps = static_cast<int32_t>(end - begin);
   PixelWalk at(a, begin, Tile::kDepth);
   int32_t draw = at.draw, steps_left = at.steps_left;  // of the step to be multiplied next
-  const int32_t steps = static_cast<int32_t>(end - begin);
-  const auto load = [&](int stage, bool any) {
-    if (any) {
-      wgrad_load<T, kDraws, kAligned>(a, at, group, place.filter, tap,
-                                      gpu::shared() + stage * Tile::kStageBytes);
-      at.advance(a, Tile::kDepth);
-    }
-    gpu::copy_commit();
-  };
+  const WgradLoader<T, kDraws, kAligned> loader(a, place);
   WgradSums<Tile, kDraws> sums;
   clear(sums.product);
   if constexpr (kDraws) {
@@ -185,17 +175,28 @@ void wgrad_kernel(FBC_PARAM WgradArgs a) {
     clear(sums.sum_eps);
   }
 
-  for (int i = 0; i < Tile::kStages - 1; ++i) load(i, i < steps);
-  int stage = 0;
-  for (int32_t left = steps; left > 0; --left) {
+  // Turn t multiplies step t - 2, copies step t and locates step t + 1.
+  wgrad_locate(a, at, thread, 0, shared);
+  int stage = Tile::kStages - 1, buffer = 0;
+  for (int32_t left = steps + Tile::kStages - 1; left > 0; --left) {
+    stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
     gpu::copy_wait<Tile::kStages - 2>();
     gpu::sync();  // this stage has arrived, and nobody reads the one before it any more
-    load(stage == 0 ? Tile::kStages - 1 : stage - 1, left >= Tile::kStages);
-    wgrad_multiply<T>(sums, gpu::shared() + stage * Tile::kStageBytes, place);
-    stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
+    if (left >= Tile::kStages)
+      loader.load(shared, buffer, stage == 0 ? Tile::kStages - 1 : stage - 1);
+    gpu::copy_commit();
+    buffer ^= 1;
+    if (left > Tile::kStages) {
+      at.advance(a, Tile::kDepth);
+      if (warp == (left & (Tile::kThreads / 32 - 1))) {
+        wgrad_locate(a, at, place.lane, buffer, shared);
+      }
+    }
+    if (left > steps) continue;
+    wgrad_multiply<T>(sums, shared.stage[stage], place);
     if constexpr (kDraws) {
       if (--steps_left == 0 || left == 1) {
-        wgrad_finish_draw(a, sums, place, group, draw);
+        wgrad_finish_draw(a, sums, place, draw);
         ++draw;
         steps_left = a.steps_per_draw;
       }
@@ -203,12 +204,12 @@ void wgrad_kernel(FBC_PARAM WgradArgs a) {
   }
   gpu::copy_wait<0>();
 
-  const int64_t base = int64_t{slab} * a.shape.groups * a.shape.K * a.shape.columns;
+  const int64_t base = int64_t{place.slab} * a.shape.groups * a.shape.K * a.shape.columns;
   if constexpr (kDraws) {
-    wgrad_store(a, sums.sum, a.slabs + base, place, group);
-    wgrad_store(a, sums.sum_eps, a.slabs_eps + base, place, group);
+    wgrad_store(a, sums.sum, a.slabs + base, place);
+    wgrad_store(a, sums.sum_eps, a.slabs_eps + base, place);
   } else {
-    wgrad_store(a, sums.product, a.slabs + base, place, group);
+    wgrad_store(a, sums.product, a.slabs + base, place);
   }
 }
 

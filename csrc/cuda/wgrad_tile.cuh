@@ -30,11 +30,12 @@ struct WgradArgs {
 // Rows are pixels. Every row of a stage holds kFilters of grad and kColumns of the gathered input.
 template <typename T, bool kDraws, bool kAligned>
 struct WgradTile {
-  static constexpr int kThreads = kDraws && kAligned ? 256 : 128;
-  static constexpr int kBlocks =
-      kDraws && kAligned ? 2 : 3;  // on a multiprocessor: 128, 168 registers
-  static constexpr int kFilters = kDraws && !kAligned ? 32 : 64;
-  static constexpr int kColumns = kAligned && !kDraws && sizeof(T) == 2 ? 128 : 64;
+  // With draws a sum takes three registers: 128 registers for 64 filters of 16 bits, else 168.
+  static constexpr bool kBig = kAligned && sizeof(T) == 2;
+  static constexpr int kThreads = kDraws && kBig ? 256 : 128;
+  static constexpr int kBlocks = kDraws && kBig ? 2 : 3;  // on a multiprocessor
+  static constexpr int kFilters = kDraws && !kBig ? 32 : 64;
+  static constexpr int kColumns = kBig && !kDraws ? 128 : 64;
   static constexpr int kDepth = 2 * kMmaDepth<T>;
   static constexpr int kGradChunks = kFilters / kChunkElements<T>;
   static constexpr int kInputChunks = kColumns / kChunkElements<T>;
@@ -51,7 +52,28 @@ struct WgradTile {
   static constexpr int kPairs = kColumns / 2 / 16;  // pairs of n8 tiles of a warp
 };
 
-// The first pixel of the step to be loaded next.
+// Where a warp's sums lie in the tile, and a lane's within an m16n8 tile (gpu.cuh).
+struct WgradPlace {
+  int warp_row, warp_column;  // first filter and first column of the warp, in the tile
+  int lane;
+  int32_t filter, column;  // first of the tile, in the group
+  int32_t group, slab;
+
+  FBC_DEVICE int32_t filter_of(int i, int half) const {
+    return filter + warp_row + 16 * i + 8 * half + (lane >> 2);
+  }
+  FBC_DEVICE int32_t column_of(int j) const { return column + warp_column + 8 * j; }
+};
+
+// Pixels of the next two steps: PixelRow as in conv_geometry.cuh, and where they lie in grad.
+template <typename Tile>
+struct WgradShared {
+  alignas(128) unsigned char stage[Tile::kStages][Tile::kStageBytes];
+  PixelRow rows[2][Tile::kDepth];
+  int64_t grad[2][Tile::kDepth];
+};
+
+// The first pixel of the step to be located next.
 struct PixelWalk {
   int32_t draw, steps_left;  // of this draw
   int32_t n, rest;           // pixel n * P * Q + rest of the draw
@@ -79,83 +101,102 @@ struct PixelWalk {
   }
 };
 
-// One pixel of a step: its output, and the corner of its window in the input.
-template <typename T>
-struct WgradPixel {
-  const T* grad;   // of filter 0 of the group
-  const T* input;  // of channel 0 of the group at row 0, column 0 of the image
-  int32_t h, w;    // of tap (0, 0)
-  bool valid;
-};
-template <typename T>
-FBC_DEVICE WgradPixel<T> wgrad_pixel(const WgradArgs& a, const PixelWalk& at, int row, int group) {
+// Pixel `row` of the step at `at`, located by one lane for the whole block.
+template <typename Tile>
+FBC_DEVICE void wgrad_locate(const WgradArgs& a, const PixelWalk& at, int row, int buffer,
+                             WgradShared<Tile>& shared) {
+  if (row >= Tile::kDepth) return;
   const int32_t y = at.rest + row;
   const int32_t images = a.by_pixels.divide(y);
   const int32_t pixel = y - images * a.by_pixels.value;
   const int32_t p = a.by_q.divide(pixel), q = pixel - p * a.by_q.value;
   const int32_t n = at.n + images;
   const int64_t grad_row = int64_t{at.draw} * a.shape.rows + n;
-  WgradPixel<T> out;
-  out.valid = n < a.shape.rows;
-  out.grad = static_cast<const T*>(a.grad) + grad_row * a.grad_stride.n + p * a.grad_stride.h +
-             q * a.grad_stride.w + static_cast<int64_t>(group) * a.shape.K;
-  out.input = static_cast<const T*>(a.input) +
-              (a.shape.share_input ? n : grad_row) * a.input_stride.n +
-              static_cast<int64_t>(group) * a.shape.C;
-  out.h = p * a.shape.stride_h - a.shape.pad_top;
-  out.w = q * a.shape.stride_w - a.shape.pad_left;
-  return out;
+  const int32_t h = p * a.shape.stride_h - a.shape.pad_top;
+  const int32_t w = q * a.shape.stride_w - a.shape.pad_left;
+  shared.rows[buffer][row] = {(a.shape.share_input ? n : grad_row) * a.input_stride.n +
+                                  h * a.input_stride.h + w * a.input_stride.w,
+                              n < a.shape.rows ? h : kNoPixel, w};
+  shared.grad[buffer][row] = grad_row * a.grad_stride.n + p * a.grad_stride.h + q * a.grad_stride.w;
 }
 
-// Address of the input that meets this column at this pixel; null: a zero.
-template <typename T>
-FBC_DEVICE const T* wgrad_input(const WgradArgs& a, const WgradPixel<T>& pixel, const Tap& at) {
-  const int32_t h = pixel.h + at.r * a.shape.dilation_h, w = pixel.w + at.s * a.shape.dilation_w;
-  const bool inside = pixel.valid && at.r < a.shape.R &&
-                      static_cast<uint32_t>(h) < static_cast<uint32_t>(a.shape.H) &&
-                      static_cast<uint32_t>(w) < static_cast<uint32_t>(a.shape.W);
-  return inside ? pixel.input + h * a.input_stride.h + w * a.input_stride.w + at.c : nullptr;
-}
-
-// Copies the pixels at `at` into a stage.
+// Which columns and filters a thread copies, the same in every step.
 template <typename T, bool kDraws, bool kAligned>
-FBC_DEVICE void wgrad_load(const WgradArgs& a, const PixelWalk& at, int group, int32_t first_filter,
-                           const Tap& tap, unsigned char* stage) {
+struct WgradLoader {
   using Tile = WgradTile<T, kDraws, kAligned>;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int chunk = thread % Tile::kInputChunks, grad_chunk = thread % Tile::kGradChunks;
-  const int32_t filter = first_filter + grad_chunk * kChunkElements<T>;
-  FBC_UNROLL
-  for (int i = 0; i < Tile::kPasses; ++i) {
-    const int row = thread / Tile::kInputChunks + i * Tile::kRowsPerPass;
-    const WgradPixel<T> pixel = wgrad_pixel<T>(a, at, row, group);
-    unsigned char* to_input =
-        stage + Tile::kGradBytes + chunk_offset<Tile::kInputChunks>(row, chunk);
+  const WgradArgs& a;
+  const T* grad;         // of channel 0 of the group, row 0
+  const T* input;        // the same; with aligned copies of this thread's first column
+  Tap tap;               // of the first column of this thread's chunk
+  int32_t tap_h, tap_w;  // kNoPixel beyond the last column
+  int32_t filter;        // first of this thread's chunk
+  int row, chunk;
+
+  FBC_DEVICE WgradLoader(const WgradArgs& args, const WgradPlace& place) : a(args) {
+    const int thread = static_cast<int>(threadIdx.x);
+    row = thread / Tile::kInputChunks;
+    chunk = thread % Tile::kInputChunks;
+    grad = static_cast<const T*>(a.grad) + static_cast<int64_t>(place.group) * a.shape.K;
+    input = static_cast<const T*>(a.input) + static_cast<int64_t>(place.group) * a.shape.C;
+    filter = place.filter + thread % Tile::kGradChunks * kChunkElements<T>;
+    tap = tap_of(place.column + chunk * kChunkElements<T>, a.shape);
+    tap_h = tap.r < a.shape.R ? tap.r * a.shape.dilation_h : kNoPixel;
+    tap_w = tap.s * a.shape.dilation_w;
+    if (kAligned || a.input_aligned) input += offset_of(tap);
+  }
+  FBC_DEVICE int64_t offset_of(const Tap& at) const {
+    return at.r * a.shape.dilation_h * a.input_stride.h +
+           at.s * a.shape.dilation_w * a.input_stride.w + at.c;
+  }
+  FBC_DEVICE bool inside(const PixelRow& pixel, int32_t h, int32_t w) const {
+    return static_cast<uint32_t>(pixel.h + h) < static_cast<uint32_t>(a.shape.H) &&
+           static_cast<uint32_t>(pixel.w + w) < static_cast<uint32_t>(a.shape.W);
+  }
+
+  FBC_DEVICE void load_input(const PixelRow& pixel, unsigned char* to) const {
     if (kAligned || a.input_aligned) {
-      const T* from = wgrad_input(a, pixel, tap);
-      gpu::copy_async<16>(to_input, from != nullptr ? from : a.input, from != nullptr);
-    } else {
-      Tap next = tap;
-      gather_chunk(to_input, static_cast<const T*>(a.input), [&]() -> const T* {
-        const T* from = wgrad_input(a, pixel, next);
-        next_column(next, a.shape);
-        return from;
-      });
+      gpu::copy_async<16>(to, input + pixel.offset, inside(pixel, tap_h, tap_w));
+      return;
     }
-    if (chunk / Tile::kGradChunks != i * Tile::kGradParts / Tile::kPasses) continue;
-    unsigned char* to_grad = stage + chunk_offset<Tile::kGradChunks>(row, grad_chunk);
+    Tap next = tap;
+    gather_chunk(to, static_cast<const T*>(a.input), [&]() -> const T* {
+      const bool valid = next.r < a.shape.R &&
+                         inside(pixel, next.r * a.shape.dilation_h, next.s * a.shape.dilation_w);
+      const T* from = valid ? input + pixel.offset + offset_of(next) : nullptr;
+      next_column(next, a.shape);
+      return from;
+    });
+  }
+  FBC_DEVICE void load_grad(bool exists, int64_t offset, unsigned char* to) const {
     if (kAligned || a.grad_aligned) {
-      const bool valid = pixel.valid && filter < a.shape.K;
-      gpu::copy_async<16>(to_grad, valid ? pixel.grad + filter : a.grad, valid);
-    } else {
-      int32_t k = filter;
-      gather_chunk(to_grad, static_cast<const T*>(a.grad), [&]() -> const T* {
-        const T* from = pixel.valid && k < a.shape.K ? pixel.grad + k : nullptr;
-        ++k;
-        return from;
-      });
+      gpu::copy_async<16>(to, grad + offset + filter, exists && filter < a.shape.K);
+      return;
+    }
+    int32_t k = filter;
+    gather_chunk(to, static_cast<const T*>(a.grad), [&]() -> const T* {
+      const T* from = exists && k < a.shape.K ? grad + offset + k : nullptr;
+      ++k;
+      return from;
+    });
+  }
+  // The step that was located in `buffer`.
+  FBC_DEVICE void load(WgradShared<Tile>& shared, int buffer, int stage) const {
+    static_assert(Tile::kRowsPerPass % 8 == 0, "the passes of a thread share their swizzle");
+    unsigned char* to_grad =
+        shared.stage[stage] + chunk_offset<Tile::kGradChunks>(row, chunk % Tile::kGradChunks);
+    unsigned char* to_input =
+        shared.stage[stage] + Tile::kGradBytes + chunk_offset<Tile::kInputChunks>(row, chunk);
+    FBC_UNROLL
+    for (int i = 0; i < Tile::kPasses; ++i) {
+      const int at = row + i * Tile::kRowsPerPass;
+      const PixelRow pixel = shared.rows[buffer][at];
+      load_input(pixel, to_input + i * Tile::kRowsPerPass * Tile::kInputChunks * 16);
+      if (chunk / Tile::kGradChunks == i * Tile::kGradParts / Tile::kPasses) {
+        load_grad(pixel.h != kNoPixel, shared.grad[buffer][at],
+                  to_grad + i * Tile::kRowsPerPass * Tile::kGradChunks * 16);
+      }
     }
   }
-}
+};
 
 }  // namespace fbc::cuda
