@@ -17,6 +17,8 @@
 
 #if defined(__CUDA_ARCH__)
 #define FBC_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // the host's half of a .cu file, whose front end knows no such pragma
+#define FBC_UNROLL
 #elif defined(__clang__)
 #define FBC_UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
