@@ -1,7 +1,7 @@
 // What one block of wgrad (wgrad_kernel.cuh) reads: the pixels of a step, and where they lie.
 #pragma once
 
-#include "conv_geometry.cuh"
+#include "conv_tile.cuh"
 #include "divisor.cuh"
 #include "gather.cuh"
 #include "gpu.cuh"
@@ -42,11 +42,10 @@ struct WgradTile {
   static constexpr int kGradBytes = kDepth * kGradChunks * 16;
   static constexpr int kStageBytes = kGradBytes + kDepth * kInputChunks * 16;
   static constexpr int kStages = 3;
-  // A thread loads chunk threadIdx.x % kInputChunks of rows threadIdx.x / kInputChunks + i *
-  // kRowsPerPass. Where a row has fewer chunks of grad, each thread loads those of some passes.
-  static constexpr int kRowsPerPass = kThreads / kInputChunks;
-  static constexpr int kPasses = kDepth / kRowsPerPass;
-  static constexpr int kGradParts = kInputChunks / kGradChunks;
+  // A thread copies chunk threadIdx.x % chunks of every kGradRows-th and kInputRows-th row.
+  static constexpr int kGradRows = kThreads / kGradChunks;
+  static constexpr int kInputRows = kThreads / kInputChunks;
+  static_assert(kGradRows % 8 == 0 && kInputRows % 8 == 0, "its rows share their swizzle");
   // Two warps along the columns, two or four along the filters.
   static constexpr int kTall = kDraws ? 1 : 2;      // m16 tiles of a warp
   static constexpr int kPairs = kColumns / 2 / 16;  // pairs of n8 tiles of a warp
@@ -117,7 +116,9 @@ FBC_DEVICE void wgrad_locate(const WgradArgs& a, const PixelWalk& at, int row, i
   shared.rows[buffer][row] = {(a.shape.share_input ? n : grad_row) * a.input_stride.n +
                                   h * a.input_stride.h + w * a.input_stride.w,
                               n < a.shape.rows ? h : kNoPixel, w};
-  shared.grad[buffer][row] = grad_row * a.grad_stride.n + p * a.grad_stride.h + q * a.grad_stride.w;
+  shared.grad[buffer][row] =
+      n < a.shape.rows ? grad_row * a.grad_stride.n + p * a.grad_stride.h + q * a.grad_stride.w
+                       : kNoOutput;
 }
 
 // Which columns and filters a thread copies, the same in every step.
@@ -130,16 +131,13 @@ struct WgradLoader {
   Tap tap;               // of the first column of this thread's chunk
   int32_t tap_h, tap_w;  // kNoPixel beyond the last column
   int32_t filter;        // first of this thread's chunk
-  int row, chunk;
 
   FBC_DEVICE WgradLoader(const WgradArgs& args, const WgradPlace& place) : a(args) {
     const int thread = static_cast<int>(threadIdx.x);
-    row = thread / Tile::kInputChunks;
-    chunk = thread % Tile::kInputChunks;
     grad = static_cast<const T*>(a.grad) + static_cast<int64_t>(place.group) * a.shape.K;
     input = static_cast<const T*>(a.input) + static_cast<int64_t>(place.group) * a.shape.C;
     filter = place.filter + thread % Tile::kGradChunks * kChunkElements<T>;
-    tap = tap_of(place.column + chunk * kChunkElements<T>, a.shape);
+    tap = tap_of(place.column + thread % Tile::kInputChunks * kChunkElements<T>, a.shape);
     tap_h = tap.r < a.shape.R ? tap.r * a.shape.dilation_h : kNoPixel;
     tap_w = tap.s * a.shape.dilation_w;
     if (kAligned || a.input_aligned) input += offset_of(tap);
@@ -167,7 +165,8 @@ struct WgradLoader {
       return from;
     });
   }
-  FBC_DEVICE void load_grad(bool exists, int64_t offset, unsigned char* to) const {
+  FBC_DEVICE void load_grad(int64_t offset, unsigned char* to) const {
+    const bool exists = offset != kNoOutput;
     if (kAligned || a.grad_aligned) {
       gpu::copy_async<16>(to, grad + offset + filter, exists && filter < a.shape.K);
       return;
@@ -181,20 +180,21 @@ struct WgradLoader {
   }
   // The step that was located in `buffer`.
   FBC_DEVICE void load(WgradShared<Tile>& shared, int buffer, int stage) const {
-    static_assert(Tile::kRowsPerPass % 8 == 0, "the passes of a thread share their swizzle");
+    const int thread = static_cast<int>(threadIdx.x);
+    const int grad_row = thread / Tile::kGradChunks, input_row = thread / Tile::kInputChunks;
     unsigned char* to_grad =
-        shared.stage[stage] + chunk_offset<Tile::kGradChunks>(row, chunk % Tile::kGradChunks);
+        shared.stage[stage] + chunk_offset<Tile::kGradChunks>(grad_row, thread % Tile::kGradChunks);
     unsigned char* to_input =
-        shared.stage[stage] + Tile::kGradBytes + chunk_offset<Tile::kInputChunks>(row, chunk);
+        shared.stage[stage] + Tile::kGradBytes +
+        chunk_offset<Tile::kInputChunks>(input_row, thread % Tile::kInputChunks);
     FBC_UNROLL
-    for (int i = 0; i < Tile::kPasses; ++i) {
-      const int at = row + i * Tile::kRowsPerPass;
-      const PixelRow pixel = shared.rows[buffer][at];
-      load_input(pixel, to_input + i * Tile::kRowsPerPass * Tile::kInputChunks * 16);
-      if (chunk / Tile::kGradChunks == i * Tile::kGradParts / Tile::kPasses) {
-        load_grad(pixel.h != kNoPixel, shared.grad[buffer][at],
-                  to_grad + i * Tile::kRowsPerPass * Tile::kGradChunks * 16);
-      }
+    for (int i = 0; i < Tile::kDepth; i += Tile::kInputRows) {
+      load_input(shared.rows[buffer][input_row + i], to_input + i * Tile::kInputChunks * 16);
+    }
+    FBC_UNROLL
+    for (int i = 0; i < Tile::kDepth; i += Tile::kGradRows) {
+      if (Tile::kGradRows > Tile::kDepth && grad_row >= Tile::kDepth) break;
+      load_grad(shared.grad[buffer][grad_row + i], to_grad + i * Tile::kGradChunks * 16);
     }
   }
 };
