@@ -29,6 +29,8 @@
 
 #if defined(__CUDA_ARCH__)
 #define FBC_ROLLED _Pragma("unroll 1")
+#elif defined(__CUDACC__)
+#define FBC_ROLLED
 #elif defined(__clang__)
 #define FBC_ROLLED _Pragma("clang loop unroll(disable)")
 #elif defined(__GNUC__)
