@@ -105,7 +105,11 @@ def run(options: argparse.Namespace, path: Path) -> Record:
         seconds = max(left, 0.0) * share(name, names)
         print(f"{name}: {stages.STAGES[name].text} ({seconds:.0f} s)", flush=True)
         if options.in_process:
+            begin = time.monotonic()
             stages.work(path, name, options.device, seconds, options.quick, ())
+            record = Record(path, record.commit)
+            record.stage(name)["took"] = round(time.monotonic() - begin, 1)
+            record.save()
         else:
             supervise.supervise(path, name, seconds, partial(command, options, name, path))
         record = Record(path, record.commit)

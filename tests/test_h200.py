@@ -213,6 +213,25 @@ def test_a_process_that_hangs_or_dies_costs_one_item(
     assert "running" not in section
 
 
+def test_a_stage_over_its_time_is_ended(tmp_path: Path) -> None:
+    """What still ran was not measured; the worker that follows says so of the rest."""
+    path = tmp_path / "file.json"
+    record = Record(path)
+    record.begin("facts")
+    record.save()
+    folder = str(Path(h200.__file__).parent)
+    code = WORKER.format(folder=folder, path=str(path), part=None, fault="time.sleep(60)")
+    code = code.replace("0.4", "50.0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervise, "GRACE", 1.0)
+        supervise.supervise(
+            path, "facts", 0.5, lambda left, banned: process.python("-c", code, "bad"[left > 0 :])
+        )
+    items = Record(path).items("facts")
+    assert items["two"] == {"status": "not measured", "reason": supervise.OVER}
+    assert Record(path).data["stages"]["facts"]["status"] != "failed"
+
+
 def test_a_program_over_its_limit_is_interrupted(tmp_path: Path) -> None:
     assert process.run(process.python("-c", "print('done')"), 30.0) == process.Outcome(0, "done\n")
     code = "import time\ntry:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('asked')"

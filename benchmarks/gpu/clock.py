@@ -44,9 +44,16 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def alive(self) -> bool:
-        """Whether the device still takes work: after an illegal access it does not, for good."""
+        """Whether the device still takes work.
+
+        After an illegal access it does not, for good; and after a capture that failed, PyTorch's
+        generator may refuse to draw.
+        """
         try:
-            self.synchronize()
+            if self.cuda:
+                self.synchronize()
+                torch.empty(1, device=self.device).normal_()
+                self.synchronize()
         except RuntimeError:
             return False
         return True

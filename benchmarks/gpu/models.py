@@ -162,7 +162,7 @@ def items(bench: Bench) -> list[Item]:
             names = EVERY[:4] if (network, batch) in LARGE else EVERY
             call = partial(cell, network=network, batch=size, names=names)
             call = partial(call, mode=mode, direction=direction)
-            listed.append(Item(name, partial(call, key=name), limit=60.0, least=3.0 * (number > 1)))
+            listed.append(Item(name, partial(call, key=name), limit=60.0, least=8.0 * (number > 1)))
         if number == 0:
             listed.append(Item("host time per layer", host_time, limit=60.0))
     listed.append(Item("compiled", compiled, limit=120.0, least=0.0 if bench.dry else 30.0))

@@ -90,7 +90,7 @@ def _cells(record: Record) -> Iterator[str]:
 def number(value: float | None) -> str:
     """Short."""
     if value is None:
-        return "-"
+        return "?"
     return f"{value:.2e}" if abs(value) >= 1e4 else f"{value:.3g}"
 
 
@@ -98,7 +98,7 @@ def _goal(goal: dict[str, Any]) -> str:
     parts = []
     for part in goal["parts"]:
         text = f"{part['text']} " if part["text"] else ""
-        parts.append(f"{text}{number(part['measured'])}{part['bound']}{number(part['goal'])}")
+        parts.append(f"{text}{number(part['measured'])} {part['bound']}{number(part['goal'])}")
     return f"{goal['name']:3} {goal['status']:12} {goal['text']}: {', '.join(parts)}"
 
 

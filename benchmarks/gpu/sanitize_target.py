@@ -62,11 +62,15 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda")
     device = torch.device(parser.parse_args(arguments).device)
-    posteriors(device)
-    convolutions(device, "direct")
-    convolutions(device, "auto")
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    for name, call in (
+        ("posteriors", posteriors),
+        ("direct", lambda device: convolutions(device, "direct")),
+        ("auto", lambda device: convolutions(device, "auto")),
+    ):
+        call(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        print(f"{name}: no error raised", flush=True)  # how far a run came that is cut short
     print("done")
     return 0
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from .record import Record
 
+OVER = "the stage's time was over"
 GRACE = 10.0  # seconds after the deadline in which the running item may end
 RESTARTS = 4
 Command = Callable[[float, Sequence[str]], list[str]]
@@ -76,7 +77,7 @@ def _run_once(
 
 def _overdue(path: Path, stage: str, deadline: float) -> str | None:
     if time.monotonic() > deadline:
-        return "the stage's time was over"
+        return OVER
     note = Record(path).data["stages"].get(stage, {}).get("running")
     if note is not None and time.time() - note["since"] > note["limit"]:
         return f"it did not end within {note['limit']:.0f} s"
@@ -93,7 +94,9 @@ def _blame(path: Path, stage: str, why: str, tail: str, banned: list[str]) -> bo
         section.update(entry)
         record.save()
         return True
-    if note["part"] is not None and note["part"] not in banned:
+    if why == OVER:
+        section["items"][note["item"]] = {"status": "not measured", "reason": why}
+    elif note["part"] is not None and note["part"] not in banned:
         banned.append(note["part"])
         section.setdefault("broken", []).append({**note, **entry})
     else:
