@@ -32,7 +32,7 @@ enum SampleTensor { kLoc, kRho, kPriorLoc, kPriorScale, kSample };
 
 constexpr int kWarps = kEntryThreads / 32;
 constexpr int64_t kTicketBytes = 256;
-// Waves of three blocks on each of 132 multiprocessors; more chunks than that are strided over, so
+// Waves of four blocks on each of 132 multiprocessors; more chunks than that are strided over, so
 // that few blocks draw a ticket.
 constexpr int64_t kEntryBlocks = 1056;
 inline dim3 grid_for(int64_t blocks) {
@@ -202,7 +202,7 @@ FBC_DEVICE void sum_slots(const SampleTable<T, kCapacity>& params) {
 
 // Shared memory: T partial[2][kWarps], then whether this block is the last.
 template <typename T, int kCapacity>
-FBC_KERNEL(kEntryThreads, sizeof(T) == 8 ? 2 : 3)
+FBC_KERNEL(kEntryThreads, sizeof(T) == 8 ? 2 : 4)
 void sample_kernel(FBC_PARAM SampleTable<T, kCapacity> params) {
   T* const partial = reinterpret_cast<T*>(gpu::shared());
   uint32_t* const is_last = reinterpret_cast<uint32_t*>(partial + 2 * kWarps);
