@@ -122,9 +122,11 @@ class _Group:
         self, layer: nn.Module, input: Tensor, seed: Tensor | None, whole: bool
     ) -> Sampled | Tensor | None:
         """What this call of the layer uses; see ``contexts.Group``."""
+        position = self.positions.get(layer)
+        if position is None:  # a replica of a layer
+            return seed
         if torch._C._are_functorch_transforms_active() or in_checkpoint():
             return seed
-        position = self.positions[layer]
         current = self.round
         if current is None or (position == current.opener and not current.held):
             current = self.round = _Round(position)
@@ -141,10 +143,11 @@ class _Group:
     def _child(self, current: _Round, position: int, device: torch.device) -> Tensor:
         """The seed of one layer, of the round's own."""
         if device not in current.children:
-            if current.seed is None:
-                current.seed = _rank_seed(None, device)
-            parent = current.seed.to(device)
-            current.children[device] = noise.derive_range(parent, 0, len(self.layers)).unbind()
+            with torch.inference_mode(False):  # a later group of this round may record a graph
+                if current.seed is None:
+                    current.seed = _rank_seed(None, device)
+                children = noise.derive_range(current.seed.to(device), 0, len(self.layers))
+                current.children[device] = children.unbind()
         return current.children[device][position]
 
     def _draw(self, current: _Round, position: int, input: Tensor) -> None:

@@ -216,14 +216,25 @@ def test_parameters_replaced_between_draw_and_call() -> None:
     assert_same(got, model[1](hidden, seed=noise.derive(1, 1)))
 
 
-def test_drawn_without_a_graph_used_with_one() -> None:
+@pytest.mark.parametrize("limit", [1, 8_000_000])
+@pytest.mark.parametrize("seed", [1, None])
+def test_drawn_without_a_graph_used_with_one(seed: int | None, limit: int) -> None:
     model, x = make_model(), make_image()
-    with fb.grouped(model, seed=1):
+    with fb.grouped(model, seed=seed, max_weights=limit):
         with torch.inference_mode():
             hidden = model[0](x)
         out = model[1](hidden.clone())
     out.sum().backward()
     assert model[1].weight_rho.grad is not None
+
+
+def test_replicas_draw_for_themselves(passes) -> None:
+    model, x = make_model(), make_image()
+    with fb.grouped(model):
+        replica = model[0]._replicate_for_data_parallel()
+        replica._parameters.update(model[0]._parameters)
+        replica(x)
+    assert passes == []
 
 
 def test_frozen_layers_get_no_gradient(taken) -> None:
