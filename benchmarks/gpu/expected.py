@@ -84,6 +84,8 @@ PREDICTED: dict[str, Prediction] = {
 def conv_seconds(layer: Layer, variant: str) -> Prediction:
     """What a convolution of the kernel table should take."""
     det = max(layer.mma_us, layer.hbm_us) * 1e-6 / CUDNN
+    if variant == "cudnn-relu":
+        return Prediction(det, "floor / 0.6: estimated")
     if variant == "det":
         return Prediction(det + GAP, "floor / 0.6 and a launch for relu: estimated")
     if variant == "auto":

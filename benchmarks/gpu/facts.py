@@ -53,6 +53,7 @@ def machine(bench: Bench) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "memory bytes": properties.total_memory,
         "l2 bytes": getattr(properties, "L2_cache_size", None),
+        "driver's cuda": torch._C._cuda_getDriverVersion(),
         **facts,
     }
 
