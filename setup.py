@@ -28,7 +28,8 @@ def native():
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
-    extension = build.build_spec(HERE / "csrc").extension(HERE / "build" / "stamp", HERE)
+    spec = build.build_spec(HERE / "csrc", ahead_of_time=True)
+    extension = spec.extension(HERE / "build" / "stamp", HERE)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 

@@ -245,11 +245,12 @@ def source_hash(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def build_spec(root: Path | None = None) -> BuildSpec:
+def build_spec(root: Path | None = None, ahead_of_time: bool = False) -> BuildSpec:
     """Describes the build for the interpreter, torch and compiler at hand.
 
     Args:
         root: The csrc folder; by default the one that belongs to this file.
+        ahead_of_time: Whether the library is for other machines too, with other GPUs.
 
     Raises:
         FastbconvBuildError: The sources or a C++ compiler are missing.
@@ -265,7 +266,7 @@ def build_spec(root: Path | None = None) -> BuildSpec:
         )
     compiler = compiler_version()
     openmp_compile, openmp_link = _openmp_flags(compiler)
-    toolkit, cuda_reason = cuda.support(root)
+    toolkit, cuda_reason = cuda.support(root, ahead_of_time)
     has_cuda = toolkit is not None
     return BuildSpec(
         root=root,

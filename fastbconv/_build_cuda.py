@@ -1,8 +1,8 @@
 """What of CUDA a build uses: whether there is any, which nvcc, which architectures.
 
 Like ``_build``, which loads it by path, this file needs the standard library alone; torch is
-imported inside the functions. Nothing here starts CUDA: a process that has started it must not
-fork, and pays for a context on every GPU.
+imported inside the functions. Nothing here starts CUDA if that can be helped: a process that has
+started it must not fork, and pays for a context on every GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Toolkit:
         return f"nvcc {self.release} for {', '.join(names)}"
 
 
-def support(root: Path) -> tuple[Toolkit | None, str]:
+def support(root: Path, ahead_of_time: bool = False) -> tuple[Toolkit | None, str]:
     """What the CUDA kernels are built with, or None; and why (not)."""
     import torch
 
@@ -62,7 +62,7 @@ def support(root: Path) -> tuple[Toolkit | None, str]:
             f"nvcc {release[0]} and torch's CUDA {torch.version.cuda} have different major versions"
         )
     known = [_version(number) for number in _answer(nvcc, "--list-gpu-arch", r"compute_(\d+)\b")]
-    gencode, problem = architectures(known)
+    gencode, problem = architectures(known, ahead_of_time)
     if not gencode:
         return None, problem
     toolkit = Toolkit(nvcc, release[0], gencode)
@@ -95,16 +95,20 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def architectures(known: list[tuple[int, int]]) -> tuple[tuple[str, ...], str]:
+def architectures(
+    known: list[tuple[int, int]], ahead_of_time: bool = False
+) -> tuple[tuple[str, ...], str]:
     """The -gencode flags, or none and the reason.
 
     ``TORCH_CUDA_ARCH_LIST`` decides where it is set, in torch's spelling ("9.0", "8.0;8.6+PTX",
-    "Hopper"). Else the GPUs of this machine do, and without any the default list. What is older
-    than sm_80 has no kernels. For a GPU that nvcc does not know, PTX of an older one is built,
+    "Hopper"). Else the GPUs of this machine do. Without any, a build ahead of time takes the
+    default list, and a build at first use leaves CUDA out: it would be long, and for nobody. What is
+    older than sm_80 has no kernels. For a GPU that nvcc does not know, PTX of an older one is built,
     which the driver compiles; of the default list it is left out.
 
     Args:
-        known: architectures of this nvcc, in order; empty: unknown, and all are taken.
+        known: architectures of this nvcc; empty: unknown, and all are taken.
+        ahead_of_time: whether the build is for other machines too.
     """
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if wanted and wanted != "native":
@@ -116,6 +120,8 @@ def architectures(known: list[tuple[int, int]]) -> tuple[tuple[str, ...], str]:
     elif capabilities():
         names = [_nearest(found, known) for found in capabilities() if found >= OLDEST]
         source = "the GPU here"
+    elif not ahead_of_time:
+        return (), "there is no GPU here; TORCH_CUDA_ARCH_LIST=9.0, say, builds for one elsewhere"
     else:
         names = [n for n in DEFAULT_ARCHITECTURES if not known or _parsed(n)[0] in known]
         names = [*names[:-1], names[-1].removesuffix("+PTX") + "+PTX"] if names else []
@@ -163,14 +169,16 @@ def _answer(nvcc: str, option: str, pattern: str) -> list[str]:
 
 @functools.lru_cache
 def capabilities() -> tuple[tuple[int, int], ...]:
-    """(major, minor) of the GPUs of this machine, each once, in order; asked of the driver's
-    management library, which starts nothing."""
+    """(major, minor) of the GPUs of this machine, each once, in order.
+
+    The driver's management library is asked, which starts nothing; where it is missing, torch.
+    """
     try:
         nvml = ctypes.CDLL(_NVML)
         if nvml.nvmlInit_v2() != 0:
-            return ()
+            return _told_by_torch()
     except (OSError, AttributeError):
-        return ()
+        return _told_by_torch()
     count = ctypes.c_uint()
     found = set()
     nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
@@ -183,3 +191,12 @@ def capabilities() -> tuple[tuple[int, int], ...]:
             found.add((major.value, minor.value))
     nvml.nvmlShutdown()
     return tuple(sorted(found))
+
+
+def _told_by_torch() -> tuple[tuple[int, int], ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    count = torch.cuda.device_count()
+    return tuple(sorted({torch.cuda.get_device_capability(index) for index in range(count)}))

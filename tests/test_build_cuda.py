@@ -108,11 +108,13 @@ def test_prebuilt_libraries_and_the_cuda_here(machine, tmp_path, monkeypatch) ->
 # --- architectures --------------------------------------------------------------------------------
 
 
-def described(monkeypatch, wanted: str = "", gpus=(), known: tuple[int, ...] = KNOWN) -> list[str]:
+def described(
+    monkeypatch, wanted: str = "", gpus=(), known: tuple[int, ...] = KNOWN, early: bool = True
+) -> list[str]:
     monkeypatch.setattr(cuda, "capabilities", lambda: tuple(gpus))
     if wanted:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
-    flags, problem = cuda.architectures([cuda._version(str(number)) for number in known])
+    flags, problem = cuda.architectures([cuda._version(str(number)) for number in known], early)
     if not flags:
         return [problem]
     return cuda.Toolkit("nvcc", "13.0", flags).describe().split(" for ")[1].split(", ")
@@ -140,6 +142,20 @@ def described(monkeypatch, wanted: str = "", gpus=(), known: tuple[int, ...] = K
 def test_architectures(wanted: str, gpus, expected: list[str], monkeypatch) -> None:
     got = described(monkeypatch, wanted, gpus)
     assert got == expected
+
+
+def test_first_use_without_a_gpu_leaves_cuda_out(monkeypatch) -> None:
+    (reason,) = described(monkeypatch, early=False)
+    assert reason.startswith("there is no GPU here; TORCH_CUDA_ARCH_LIST=9.0")
+    assert described(monkeypatch, gpus=[(9, 0)], early=False) == ["sm_90"]
+    assert described(monkeypatch, "8.0", early=False) == ["sm_80"]
+
+
+def test_torch_is_asked_where_the_driver_says_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - index, 0))
+    assert cuda._told_by_torch() == ((8, 0), (9, 0))
 
 
 def test_default_list_is_what_nvcc_knows(monkeypatch) -> None:
@@ -217,7 +233,8 @@ def test_what_is_compiled_with_and_without_cuda(project, tmp_path, monkeypatch) 
 
     write_nvcc(tmp_path / "home/bin", "13.2")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    built = _build.build_spec(project.csrc)
+    assert not _build.build_spec(project.csrc).cuda  # no GPU to build for
+    built = _build.build_spec(project.csrc, ahead_of_time=True)
     assert built.cuda
     assert names(built) - names(without) == {
         "cuda/kernel_gpu.cu", "cuda/choice.cpp", "bindings/cuda_ops.cpp"
@@ -235,7 +252,7 @@ def test_key_names_architectures_and_nvcc(project, tmp_path, monkeypatch) -> Non
     keys = set()
     for wanted in ("", "8.0", "9.0"):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
-        keys.add(_build.build_spec(project.csrc).key)
+        keys.add(_build.build_spec(project.csrc, ahead_of_time=True).key)
     write_nvcc(tmp_path / "home/bin", "13.0")
     cuda._answer.cache_clear()
     keys.add(_build.build_spec(project.csrc).key)
@@ -248,6 +265,7 @@ def test_setup_and_first_use_compile_cuda_alike(project, tmp_path, monkeypatch) 
     write_nvcc(tmp_path / "home/bin", "13.2")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FASTBCONV_AOT", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     given: dict = {}
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path / "home"))
