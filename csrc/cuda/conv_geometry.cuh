@@ -97,6 +97,12 @@ struct alignas(16) PixelRow {
 };
 constexpr int32_t kNoPixel = INT32_MIN / 2;
 
+FBC_DEVICE PixelRow load_row(const PixelRow& row) {  // one access of 16 bytes
+  const uint4 bits = *reinterpret_cast<const uint4*>(&row);
+  return {static_cast<int64_t>(bits.x | static_cast<uint64_t>(bits.y) << 32),
+          static_cast<int32_t>(bits.z), static_cast<int32_t>(bits.w)};
+}
+
 struct PixelIndex {
   int32_t n, p, q;  // n counts within the draw
 };
@@ -152,8 +158,8 @@ class PixelGather {
  public:
   // At the first tile of columns; advance() moves on by one.
   FBC_DEVICE PixelGather(int thread, const ConvGeometry& g)
-      : row_(thread / kPieces), piece_(thread % kPieces) {
-    tap_ = tap_of(piece_ * kPieceElements, g);
+      : row_(thread / kPieces), tap_(tap_of(thread % kPieces * kPieceElements, g)) {
+    target_ = tile_offset<T, kChunks>(row_, thread % kPieces * kPieceElements);
   }
   FBC_DEVICE void advance(const ImageView<T>& image, const ConvGeometry& g) {
     advance_tap(tap_, image.step, g);
@@ -161,18 +167,19 @@ class PixelGather {
 
   FBC_DEVICE void copy(unsigned char* tile, const PixelRow (&rows)[kRows],
                        const ImageView<T>& image, const ConvGeometry& g) const {
+    unsigned char* to = tile + target_;
     if (kWide || image.unit == 8) {
-      copy_unit<kPieceBytes>(tile, rows, image, tap_, 0, g);
+      copy_unit<kPieceBytes>(to, rows, image, tap_, g);
       return;
     }
     const int unit_elements = image.unit / static_cast<int>(sizeof(T));
     Tap tap = tap_;
     FBC_ROLLED
-    for (int e = 0; e < kPieceElements; e += unit_elements) {
+    for (int b = 0; b < kPieceBytes; b += image.unit) {
       if (image.unit == 4) {
-        copy_unit<4>(tile, rows, image, tap, e, g);
+        copy_unit<4>(to + b, rows, image, tap, g);
       } else {
-        copy_elements(tile, rows, image, tap, e, g);
+        copy_elements(to + b, rows, image, tap, g);
       }
       advance_tap(tap, {0, 0, unit_elements}, g);
     }
@@ -183,69 +190,68 @@ class PixelGather {
   static constexpr int kPieceElements = kPieceBytes / static_cast<int>(sizeof(T));
   static constexpr int kPieces = kChunks * 16 / kPieceBytes;  // of a row
   static constexpr int kRowStep = kThreads / kPieces;
+  static constexpr int kStepBytes = kRowStep * kChunks * 16;
   static constexpr int kCopies = kRows / kRowStep;
   static constexpr int kBatch = kCopies < 4 ? kCopies : 4;  // rows at a time: registers
   static_assert(kThreads % kPieces == 0 && kRows % kRowStep == 0 && kCopies % kBatch == 0,
                 "threads share the tile evenly");
+  static_assert(kRowStep % 8 == 0, "all rows of a thread are swizzled alike");
 
   struct Source {
-    int64_t offset;  // of a tap from the begin of the window
+    const T* data;  // of a tap, where a window begins at offset 0
     int32_t h, w;
-    bool inside;  // tap is one of the filter's
+    bool inside;  // the tap is one of the filter's
   };
   static FBC_DEVICE Source source(const Tap& tap, const ImageView<T>& image,
                                   const ConvGeometry& g) {
     const int32_t h = tap.r * g.dilation_h, w = tap.s * g.dilation_w;
-    return {h * image.stride_h + w * image.stride_w + tap.c, h, w, tap.r < g.R};
+    return {image.data + (h * image.stride_h + w * image.stride_w + tap.c), h, w, tap.r < g.R};
   }
+  // Without branches: most taps are inside.
   static FBC_DEVICE bool reads(const PixelRow& row, const Source& from, const ConvGeometry& g) {
-    return from.inside && static_cast<uint32_t>(row.h + from.h) < static_cast<uint32_t>(g.H) &&
-           static_cast<uint32_t>(row.w + from.w) < static_cast<uint32_t>(g.W);
-  }
-  FBC_DEVICE int target(int row, int element) const {
-    return tile_offset<T, kChunks>(row, piece_ * kPieceElements + element);
+    const bool h = static_cast<uint32_t>(row.h + from.h) < static_cast<uint32_t>(g.H);
+    const bool w = static_cast<uint32_t>(row.w + from.w) < static_cast<uint32_t>(g.W);
+    return from.inside & h & w;
   }
 
   template <int kBytes>
-  FBC_DEVICE void copy_unit(unsigned char* tile, const PixelRow (&rows)[kRows],
-                            const ImageView<T>& image, const Tap& tap, int element,
+  FBC_DEVICE void copy_unit(unsigned char* to, const PixelRow (&rows)[kRows],
+                            const ImageView<T>& image, const Tap& tap,
                             const ConvGeometry& g) const {
     const Source from = source(tap, image, g);
     FBC_ROLLED
-    for (int batch = row_; batch < kRows; batch += kBatch * kRowStep) {
+    for (int batch = 0; batch < kCopies; batch += kBatch) {
       FBC_UNROLL
       for (int i = 0; i < kBatch; ++i) {
-        const int at = batch + i * kRowStep;
-        const PixelRow row = rows[at];
-        const bool valid = reads(row, from, g);
-        gpu::copy_async<kBytes>(tile + target(at, element),
-                                image.data + (valid ? row.offset + from.offset : 0), valid);
+        const PixelRow row = load_row(rows[row_ + (batch + i) * kRowStep]);
+        gpu::copy_async<kBytes>(to + (batch + i) * kStepBytes, from.data + row.offset,
+                                reads(row, from, g));
       }
     }
   }
   // One element of each row by ordinary loads, a batch of them under way before the first is
   // stored.
-  FBC_DEVICE void copy_elements(unsigned char* tile, const PixelRow (&rows)[kRows],
-                                const ImageView<T>& image, const Tap& tap, int element,
+  FBC_DEVICE void copy_elements(unsigned char* to, const PixelRow (&rows)[kRows],
+                                const ImageView<T>& image, const Tap& tap,
                                 const ConvGeometry& g) const {
     const Source from = source(tap, image, g);
     FBC_ROLLED
-    for (int batch = row_; batch < kRows; batch += kBatch * kRowStep) {
+    for (int batch = 0; batch < kCopies; batch += kBatch) {
       T value[kBatch];
       FBC_UNROLL
       for (int i = 0; i < kBatch; ++i) {
-        const PixelRow row = rows[batch + i * kRowStep];
+        const PixelRow row = load_row(rows[row_ + (batch + i) * kRowStep]);
         value[i] = T{};
-        if (reads(row, from, g)) value[i] = image.data[row.offset + from.offset];
+        if (reads(row, from, g)) value[i] = from.data[row.offset];
       }
       FBC_UNROLL
       for (int i = 0; i < kBatch; ++i) {
-        *reinterpret_cast<T*>(tile + target(batch + i * kRowStep, element)) = value[i];
+        *reinterpret_cast<T*>(to + (batch + i) * kStepBytes) = value[i];
       }
     }
   }
 
-  int row_, piece_;
+  int row_, target_;  // the thread's first row, and where in the tile its piece of that row goes
   Tap tap_;
 };
 

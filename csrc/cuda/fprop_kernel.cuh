@@ -86,56 +86,68 @@ FBC_DEVICE void end_tile(ConvShared<Tile>& shared, const FpropArgs& args, const 
                       begin + args.conv.K, warp, lane);
 }
 
-// The rows of a weight tile, copied from memory in which a row's step is found by strides.
+// The rows of a weight tile, copied from memory step by step.
 template <typename T, typename Tile>
 class StoredRows {
  public:
-  FBC_DEVICE StoredRows(const FpropArgs& args, const TilePosition& at, int thread)
-      : row_(thread / kRowChunks), chunk_(thread % kRowChunks) {
+  FBC_DEVICE StoredRows(const FpropArgs& args, const TilePosition& at, int thread) {
+    const int row = thread / kRowChunks, chunk = thread % kRowChunks;
     const int32_t first = at.channel_tile * Tile::kChannels;
-    const int64_t k = int64_t{at.group} * args.conv.K + first + row_;
-    rows_ = args.conv.K - first - row_;
-    from_ = args.weight + at.draw * args.weight_draw + k * args.weight_row + chunk_ * 16;
+    const int64_t k = int64_t{at.group} * args.conv.K + first + row;
+    target_ = Tile::kWeights + chunk_offset<kRowChunks>(row, chunk);
+    rows_ = args.conv.K - first - row;
+    left_ = args.weight_bytes - chunk * 16;
+    from_ = args.weight + at.draw * args.weight_draw + k * args.weight_row + chunk * 16;
   }
-  FBC_DEVICE void copy(unsigned char* stage, const FpropArgs& args, int32_t step) const {
-    const unsigned char* from = from_ + step * args.weight_step;
-    const int32_t left = args.weight_bytes - step * kRowBytes - chunk_ * 16;  // of the filter
-    FBC_UNROLL
-    for (int i = 0; i < Tile::kChannels; i += kRowStep) {
-      unsigned char* to = stage + Tile::kWeights + chunk_offset<kRowChunks>(row_ + i, chunk_);
-      const unsigned char* at = from + i * args.weight_row;
-      if (args.weight_unit == 16) {
-        const bool valid = i < rows_ && left > 0;
-        gpu::copy_async<16>(to, valid ? at : args.weight, valid);
-      } else {
-        copy_units(to, at, args, i < rows_ ? left : 0);
+  FBC_DEVICE void advance(const FpropArgs& args) {
+    from_ += args.weight_step;
+    left_ -= kRowBytes;
+  }
+  FBC_DEVICE void copy(unsigned char* stage, const FpropArgs& args) const {
+    if (args.weight_unit == 16) {
+      FBC_UNROLL
+      for (int i = 0; i < kCopies; ++i) {
+        const bool valid = (i * kRowStep < rows_) & (left_ > 0);
+        gpu::copy_async<16>(stage + target_ + i * kRowStep * kRowBytes,
+                            from_ + i * kRowStep * args.weight_row, valid);
+      }
+    } else {
+      FBC_ROLLED
+      for (int i = 0; i < kCopies; ++i) {
+        copy_units(stage + target_ + i * kRowStep * kRowBytes,
+                   from_ + i * kRowStep * args.weight_row, args.weight_unit,
+                   i * kRowStep < rows_ ? left_ : 0);
       }
     }
   }
 
  private:
   static constexpr int kRowStep = Tile::kThreads / kRowChunks;
-  static_assert(Tile::kChannels % kRowStep == 0, "threads share the tile evenly");
+  static constexpr int kCopies = Tile::kChannels / kRowStep;
+  static_assert(Tile::kChannels % kRowStep == 0 && kRowStep % 8 == 0,
+                "threads share the tile evenly, all rows of one are swizzled alike");
 
   // Filters that begin anywhere: the weights of a first layer, mostly.
-  FBC_DEVICE static void copy_units(unsigned char* to, const unsigned char* from,
-                                    const FpropArgs& args, int32_t left) {
-    for (int32_t b = 0; b < 16; b += args.weight_unit) {
+  FBC_DEVICE static void copy_units(unsigned char* to, const unsigned char* from, int32_t unit,
+                                    int32_t left) {
+    FBC_ROLLED
+    for (int32_t b = 0; b < 16; b += unit) {
       const bool valid = b < left;
-      const unsigned char* at = valid ? from + b : args.weight;
-      if (args.weight_unit == 8) {
-        gpu::copy_async<8>(to + b, at, valid);
-      } else if (args.weight_unit == 4) {
-        gpu::copy_async<4>(to + b, at, valid);
+      if (unit == 8) {
+        gpu::copy_async<8>(to + b, from + b, valid);
+      } else if (unit == 4) {
+        gpu::copy_async<4>(to + b, from + b, valid);
       } else {
-        *reinterpret_cast<uint16_t*>(to + b) =
-            valid ? *reinterpret_cast<const uint16_t*>(at) : uint16_t{0};
+        uint16_t value = 0;
+        if (valid) value = *reinterpret_cast<const uint16_t*>(from + b);
+        *reinterpret_cast<uint16_t*>(to + b) = value;
       }
     }
   }
 
-  int row_, chunk_;
-  int32_t rows_;
+  int target_;  // where in a stage the thread's chunk of its first row goes
+  int32_t rows_,
+      left_;  // rows of the group from the thread's first on; bytes of a filter from here
   const unsigned char* from_;
 };
 
@@ -146,24 +158,28 @@ FBC_DEVICE void stored_product(ConvShared<Tile>& shared, const FpropArgs& args,
   constexpr int kStages = Tile::kStages;
   const int thread = static_cast<int>(threadIdx.x);
   const ImageView<T> image = group_input<T>(args, at.group);
-  const StoredRows<T, Tile> weights(args, at, thread);
+  StoredRows<T, Tile> weights(args, at, thread);
   PixelGather<T, kWide, Tile::kPixels, Tile::kThreads> gather(thread, args.conv);
-  const auto start = [&](int32_t step) {
+  watch.begin_tile(args.slabs, at.draw);
+  const auto start = [&](int32_t step, int into) {
     if (step < args.steps) {
-      unsigned char* stage = shared.stage[step % kStages];
-      gather.copy(stage, shared.rows, image, args.conv);
+      gather.copy(shared.stage[into], shared.rows, image, args.conv);
       gather.advance(image, args.conv);
-      watch.wait(args.slabs, at.draw, step);
-      weights.copy(stage, args, step);
+      watch.wait(args.slabs, step);
+      weights.copy(shared.stage[into], args);
+      weights.advance(args);
     }
     gpu::copy_commit();
   };
-  for (int32_t step = 0; step < kStages - 1; ++step) start(step);
+  for (int stage = 0; stage < kStages - 1; ++stage) start(stage, stage);
+  int now = 0;  // the stage of this step; the one before it has just become free
+  FBC_ROLLED
   for (int32_t step = 0; step < args.steps; ++step) {
     gpu::copy_wait<kStages - 2>();
     gpu::sync();
-    start(step + kStages - 1);
-    multiply_stage<T, Tile>(acc, shared.stage[step % kStages], warp, lane);
+    start(step + kStages - 1, now == 0 ? kStages - 1 : now - 1);
+    multiply_stage<T, Tile>(acc, shared.stage[now], warp, lane);
+    now = now == kStages - 1 ? 0 : now + 1;
   }
 }
 
@@ -172,7 +188,7 @@ FBC_KERNEL(Tile::kThreads, Tile::kBlocks)
 void fprop_stored(FBC_PARAM FpropArgs args) {
   ConvShared<Tile>& shared = conv_shared<Tile>();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  SlabWatch watch = {INT32_MAX};
+  SlabWatch watch = {INT32_MAX, 0};
   if (args.slabs.tasks > 0) {
     sample_slabs<T, Tile::kThreads>(args.slabs, args.sampler, args.conv.num_samples,
                                     kept_weight<T>(args.kept, args.sampler), args.kl,
@@ -247,25 +263,28 @@ FBC_DEVICE void private_product(ConvShared<Tile>& shared, const FpropArgs& args,
   const bool late = (warp & 4) != 0;  // of two warps on one scheduler one samples, one multiplies
   PixelGather<T, kWide, Tile::kPixels, Tile::kThreads> gather(static_cast<int>(threadIdx.x),
                                                               args.conv);
-  const auto start = [&](int32_t step) {
+  const auto start = [&](int32_t step, int into) {
     if (step < args.steps) {
-      gather.copy(shared.stage[step % kStages], shared.rows, image, args.conv);
+      gather.copy(shared.stage[into], shared.rows, image, args.conv);
       gather.advance(image, args.conv);
     }
     gpu::copy_commit();
   };
-  for (int32_t step = 0; step < kStages - 1; ++step) start(step);
+  for (int stage = 0; stage < kStages - 1; ++stage) start(stage, stage);
   sample_stage<T, Tile>(shared.stage[0], args, at, key, 0);
+  int now = 0;  // the stage of this step; the one before it has just become free
+  FBC_ROLLED
   for (int32_t step = 0; step < args.steps; ++step) {
     gpu::copy_wait<kStages - 2>();
     gpu::sync();
-    start(step + kStages - 1);
-    const unsigned char* stage = shared.stage[step % kStages];
-    if (late) multiply_stage<T, Tile>(acc, stage, warp, lane);
+    start(step + kStages - 1, now == 0 ? kStages - 1 : now - 1);
+    const int next = now == kStages - 1 ? 0 : now + 1;
+    if (late) multiply_stage<T, Tile>(acc, shared.stage[now], warp, lane);
     if (step + 1 < args.steps) {
-      sample_stage<T, Tile>(shared.stage[(step + 1) % kStages], args, at, key, step + 1);
+      sample_stage<T, Tile>(shared.stage[next], args, at, key, step + 1);
     }
-    if (!late) multiply_stage<T, Tile>(acc, stage, warp, lane);
+    if (!late) multiply_stage<T, Tile>(acc, shared.stage[now], warp, lane);
+    now = next;
   }
 }
 

@@ -149,12 +149,16 @@ FBC_DEVICE void sample_slabs(const SlabPlan& plan, const WeightSampler& w, int32
   if (kl.out != nullptr) finish_kl<kThreads>(kl, gridDim.x, scratch);
 }
 
-// What thread 0 knows to be complete: slabs are met in rising order, so one number is enough.
+// Slabs are met in rising order, so one number tells which are complete.
 struct SlabWatch {
   int32_t ready;  // every slab (of a group of draws) below has been waited for, or is never needed
+  int32_t first;  // that of step 0 of the present tile
 
-  FBC_DEVICE void wait(const SlabPlan& plan, int32_t draw, int32_t step) {
-    const int32_t slab = draw / kTaskDraws * plan.steps + step;
+  FBC_DEVICE void begin_tile(const SlabPlan& plan, int32_t draw) {
+    first = draw / kTaskDraws * plan.steps;
+  }
+  FBC_DEVICE void wait(const SlabPlan& plan, int32_t step) {
+    const int32_t slab = first + step;
     if (slab < ready) return;
     if (threadIdx.x == 0) {
       gpu::wait_at_least(plan.counters + slab, static_cast<uint32_t>(plan.strips));

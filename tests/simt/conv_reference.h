@@ -1,8 +1,9 @@
 // A forward convolution with a sampled weight, ready to launch, and its reference in double.
 //
-// The reference consumes the very weight that the kernels use: drawn by core's functions from the same
-// address, rounded to the storage type; for tf32 products the operands are rounded as the kernels
-// round them. What is left between the two is the order of float32 sums and the final rounding.
+// The reference consumes the very weight that the kernels use: drawn by core's functions from the
+// same address, rounded to the storage type; for tf32 products the operands are rounded as the
+// kernels round them. What is left between the two is the order of float32 sums and the final
+// rounding.
 #pragma once
 
 #include <string>
@@ -165,15 +166,15 @@ class Forward {
     float t, scale = 0.0f;
     if (p.rho != nullptr) scale = scale_from_rho(p.rho[at], p.scale_floor, &t);
     scale_[static_cast<size_t>(e)] = scale;
-    want_kl_ += reference_kl(
-        p.loc[at], scale, p.prior_loc != nullptr ? p.prior_loc[c] : p.prior_loc_value,
-        p.prior_scale != nullptr ? p.prior_scale[k] : p.prior_scale_value);
+    want_kl_ +=
+        reference_kl(p.loc[at], scale, p.prior_loc != nullptr ? p.prior_loc[c] : p.prior_loc_value,
+                     p.prior_scale != nullptr ? p.prior_scale[k] : p.prior_scale_value);
     for (int64_t draw = 0; draw < shape.num_samples; ++draw) {
       float value = p.loc[at];
       if (p.rho != nullptr) {
-        const NoiseKey key = {static_cast<uint64_t>(seed_[0]),
-                              static_cast<uint64_t>(seed_[1]) + p.noise.offset +
-                                  static_cast<uint64_t>(draw)};
+        const NoiseKey key = {
+            static_cast<uint64_t>(seed_[0]),
+            static_cast<uint64_t>(seed_[1]) + p.noise.offset + static_cast<uint64_t>(draw)};
         const uint64_t number = p.element_offset + static_cast<uint64_t>(e);
         value = weight_from_eps(value, scale, standard_normal(key, p.stream, number));
       }
@@ -211,14 +212,16 @@ class Forward {
       const double product =
           operand(input.at(i.n, i.h, i.w, i.channel)) *
           operand(given[static_cast<size_t>(layout.given_shift + i.draw * weights() + e)]);
-      const auto at = static_cast<size_t>(((i.row * shape.P + i.p) * shape.Q + i.q) * shape.K + i.k);
+      const auto at =
+          static_cast<size_t>(((i.row * shape.P + i.p) * shape.Q + i.q) * shape.K + i.k);
       want[at] += product;
       bound[at] += std::fabs(product);
     });
     for (size_t i = 0; layout.bias && i < want.size(); ++i) {
       const int64_t row = static_cast<int64_t>(i) / (shape.P * shape.Q * shape.K);
       const int64_t draw = row / shape.rows_per_sample();
-      const double b = bias_[static_cast<size_t>(draw * shape.K + static_cast<int64_t>(i) % shape.K)];
+      const double b =
+          bias_[static_cast<size_t>(draw * shape.K + static_cast<int64_t>(i) % shape.K)];
       want[i] += b;
       bound[i] += std::fabs(b);
     }

@@ -1,5 +1,5 @@
-// fprop() on the interpreter: whole numbers compared for equality, sampled weights replayed, and the
-// three sources of weights against one another, bit by bit.
+// fprop() on the interpreter: whole numbers compared for equality, sampled weights replayed, and
+// the three sources of weights against one another, bit by bit.
 #include "cuda/fprop.cu"
 #include "cuda/fprop_bfloat16.cu"
 #include "cuda/fprop_float16.cu"

@@ -23,7 +23,8 @@ using std::string;
 constexpr WeightSource kSources[] = {WeightSource::kGiven, WeightSource::kCooperative,
                                      WeightSource::kPrivate};
 
-// Shapes whose filters have 4n, 4n + 2 and odd numbers of elements, one and several groups and draws.
+// Shapes whose filters have 4n, 4n + 2 and odd numbers of elements, one and several groups and
+// draws.
 std::vector<GradientCase> layout_cases() {
   return {
       {"c8 k24", 2, 8, 5, 6, 24, 3, 3, 1, 1, 1, 1, 1, 1},
@@ -88,8 +89,8 @@ void check_layout(Suite& suite, const GradientCase& c, const NamedLayout& l) {
   const std::vector<double> allowed = tolerance(forward, forward.want);
   fbc::test::Buffer<T> first;
   for (const WeightSource source : kSources) {
-    const string what = string(c.name) + ", " + l.name + ", source " +
-                        std::to_string(static_cast<int>(source));
+    const string what =
+        string(c.name) + ", " + l.name + ", source " + std::to_string(static_cast<int>(source));
     if (!suite.launched(what.c_str(), forward.run(source))) continue;
     suite.bounded(what, forward.output.values(), forward.want, allowed, 1.0);
     suite.expect(forward.gaps_untouched(forward.output), "%s: wrote between elements",
@@ -149,8 +150,8 @@ void check_bad_prior(Suite& suite) {
   for (const WeightSource source : {WeightSource::kCooperative, WeightSource::kPrivate}) {
     suite.launched("bad prior", forward.run(source));
     suite.expect(std::isnan(forward.kl[0]), "KL %g, want NaN", double{forward.kl[0]});
-    suite.bounded("output", forward.output.values(), forward.want,
-                  tolerance(forward, forward.want), 1.0);
+    suite.bounded("output", forward.output.values(), forward.want, tolerance(forward, forward.want),
+                  1.0);
   }
 }
 
