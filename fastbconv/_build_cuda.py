@@ -102,9 +102,9 @@ def architectures(
 
     ``TORCH_CUDA_ARCH_LIST`` decides where it is set, in torch's spelling ("9.0", "8.0;8.6+PTX",
     "Hopper"). Else the GPUs of this machine do. Without any, a build ahead of time takes the
-    default list, and a build at first use leaves CUDA out: it would be long, and for nobody. What is
-    older than sm_80 has no kernels. For a GPU that nvcc does not know, PTX of an older one is built,
-    which the driver compiles; of the default list it is left out.
+    default list, and a build at first use leaves CUDA out: it would be long, and for nobody. What
+    is older than sm_80 has no kernels. For a GPU that nvcc does not know, PTX of an older one is
+    built, which the driver compiles; of the default list it is left out.
 
     Args:
         known: architectures of this nvcc; empty: unknown, and all are taken.

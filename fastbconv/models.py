@@ -154,7 +154,7 @@ def seeds_of_layers(layers: Sequence[nn.Module], seed: int | Tensor) -> list[dic
     for position, layer in enumerate(layers):
         device, _ = _placement(layer)
         if device not in parents:
-            parent = noise.seed_tensor(seed, None if device.type == "meta" else device)
+            parent = noise.seed_tensor(seed, device)
             parents[device] = noise.derive_range(parent, 0, len(layers)).unbind()
         settings.append({"mode": "seed", "seed": parents[device][position]})
     return settings

@@ -132,8 +132,13 @@ def explain(
     groups: int = 1,
     num_samples: int = 1,
     share_input: bool = False,
+    device: str | None = None,
 ) -> list[Candidate]:
     """The kernels that could serve a convolution, best first in each direction, with reasons.
+
+    The layer is taken by itself. On a GPU "library" draws its weights in a launch of its own;
+    ``fastbconv.grouped`` saves those launches for a whole model, and pays where there are many
+    layers and little work in each.
 
     Args:
         input: (N, C, H, W); shape, dtype and memory format count, values do not (meta is fine).
@@ -144,6 +149,7 @@ def explain(
         groups: see there.
         num_samples: see there.
         share_input: see there.
+        device: "cpu" or "cuda"; None: that of ``input``, where meta stands for the CPU.
 
     Returns:
         One entry per direction and algorithm; the reference alone without a native library.
@@ -174,6 +180,7 @@ def explain(
         names = ("fprop", "dgrad", "wgrad")
         return [Candidate(name, "reference", True, True, reason) for name in names]
     layout = suggest_memory_format(input)
+    on = {"device": "cuda"} if (device or input.device.type) == "cuda" else {}
     rows = native.explain_conv(
         list(input.shape),
         list(weight.shape),
@@ -185,6 +192,7 @@ def explain(
         share_input=share_input,
         dtype=str(input.dtype).removeprefix("torch."),
         channels_last=layout == torch.channels_last,
+        **on,
     )
     names = ("direction", "algorithm", "available", "chosen", "reason")
     return [Candidate(*(row[name] for name in names)) for row in rows]

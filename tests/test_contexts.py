@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import fastbconv as fb
@@ -115,6 +117,35 @@ def test_seeds_lie_on_the_device_of_the_layer() -> None:
     seeds = torch.stack([noise.derive(5, index) for index in range(2, 5)])
     assert_same(noise.mirror_derive_seeds(noise.seed_tensor(5), 2, 3), seeds)
     assert noise.seed_tensor(-3, "meta").shape == (2,)
+
+
+class HostCopies(TorchDispatchMode):
+    """Refuses what would make the host and a device wait for one another."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        every = tree_leaves((arguments, options, result))
+        devices = {value.device.type for value in every if isinstance(value, torch.Tensor)}
+        assert devices <= {"meta"}, f"{function} on {devices}"
+        assert "_local_scalar_dense" not in str(function)
+        return result
+
+
+@pytest.mark.parametrize("make", [_model, _tfp])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_layers_copy_nothing_from_the_host(rank: int, make, monkeypatch) -> None:
+    """The meta device stands for any that is not the host."""
+    model, x = make().to("meta"), _image().to("meta")
+    monkeypatch.setattr(noise, "rank_offset", lambda: rank << 48)
+    seed = torch.empty(2, dtype=torch.int64, device="meta")
+    with HostCopies():
+        for given in (None, 5, seed):
+            model[0](x, seed=given).sum().backward()
+        for entered in (fb.fixed_sample(model, 5), fb.grouped(model), fb.grouped(model, seed=5)):
+            with entered, fb.collect_kl(model) as kl:
+                (model(x).sum() + kl.sum()).backward()
+        sum(fb.losses(model)).backward()
+        fb.functional.sample_posterior(x, x, seed=1).sum()
 
 
 def test_sum_of_terms_of_several_dtypes() -> None:

@@ -264,7 +264,7 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
             posteriors, draw = self._posteriors_of(found), found.seed
         else:
             posteriors, draw = self._draw_posteriors(found, mean, x.device, held)
-        output, total, priors = self._apply(x, posteriors, draw)
+        output, total, priors = self._apply_drawn(x, posteriors, draw)
         self._remember(inputs, output, draw, mean, held)
         if total is not None:
             if type(found) is Sampled and found.kl is not None:
@@ -272,7 +272,7 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
             self._fb_context.record(self._with_other_divergences(total, priors))
         return output if context is None else context.bind(output)
 
-    def _apply(
+    def _apply_drawn(
         self, x: Tensor, posteriors: dict[Part, Posterior], draw: Tensor | None
     ) -> tuple[Tensor, Tensor | None, dict[Part, Any]]:
         """Output, and the KL that the pass sums where a collector waits for it, with its priors."""
