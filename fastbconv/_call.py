@@ -67,6 +67,8 @@ def run(
         save_pre_activation=False,
         **convolution,
     )
+    if return_kl and not any(closed):
+        total = torch.zeros((), dtype=_arguments.wide_dtype(weight.dtype), device=weight.device)
     if wanted[0] is not None and not closed[0]:
         draw = (seed, offset_add, element_offset[0], "weight", num_samples)
         total = total + monte_carlo_kl(wanted[0], weight, weight_rho, floor, draw)

@@ -45,6 +45,10 @@ def _sample_format(sample: Tensor) -> torch.memory_format:
     return torch.channels_last if sample.ndim == 4 else torch.contiguous_format
 
 
+def _kl_shape(wanted: bool) -> tuple[int, ...]:
+    return () if wanted else (0,)
+
+
 def _extent(extent: int, pads: int, filter: int, stride: int, dilation: int) -> int:
     return (extent + pads - (filter - 1) * dilation - 1) // stride + 1
 
@@ -66,6 +70,8 @@ def _fake_bconv2d(
     dilation: Sequence[int],
     num_samples: int,
     share_input: bool,
+    weight_kl: bool,
+    bias_kl: bool,
     keep_weight: bool,
     save_pre_activation: bool,
     **unused: Any,
@@ -84,7 +90,7 @@ def _fake_bconv2d(
     kept = input.new_empty((num_samples, filters, filter_h, filter_w, channels))
     return (
         output,
-        weight_loc.new_empty((), dtype=_wide(weight_loc)),
+        weight_loc.new_empty(_kl_shape(weight_kl or bias_kl), dtype=_wide(weight_loc)),
         torch.empty_like(output) if save_pre_activation else input.new_empty((0,)),
         kept.permute(0, 1, 4, 2, 3) if keep_weight else input.new_empty((0,)),
     )
@@ -140,12 +146,14 @@ def _fake_bconv2d_backward(
 def _fake_sample_posterior(
     loc: Tensor,
     *rest: Tensor | None,
+    with_kl: bool,
     num_samples: int,
     dtype: torch.dtype | None,
     **unused: Any,
 ) -> tuple[Tensor, Tensor]:
     _one_device(loc, *rest)
-    return loc.new_empty((num_samples, *loc.shape), dtype=dtype or loc.dtype), loc.new_empty(())
+    sample = loc.new_empty((num_samples, *loc.shape), dtype=dtype or loc.dtype)
+    return sample, loc.new_empty(_kl_shape(with_kl))
 
 
 @_fake

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import cuda_resources
 import hypothesis
 import pytest
 import torch
 
+from fastbconv import _native
+
+# Tests of a GPU need one; where there is none they are not collected.
+collect_ignore = [] if torch.cuda.is_available() else ["cuda"]
+
 # The same cases on every run: a failure that nobody can repeat helps nobody.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
+
+
+def _use_test_library(path: str | None) -> None:
+    """Another library in place of the package's own: test_cuda_path.py runs tests that way."""
+    if path is not None:
+        _native._state.module = _native._import(Path(path))
+        _native._state.built, _native._state.library = "jit", Path(path)
+        _native._state.decided = True
+
+
+_use_test_library(os.environ.get("FASTBCONV_TEST_LIBRARY"))
+
+
+def pytest_report_header() -> str:
+    """Whether the tests that need nvcc exist here."""
+    return cuda_resources.header()
 
 
 @pytest.fixture(autouse=True)

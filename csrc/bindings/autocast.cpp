@@ -32,5 +32,8 @@ struct CastInput<Result(const at::Tensor&, Rest...)> {
 TORCH_LIBRARY_IMPL(fastbconv, AutocastCPU, m) {
   m.impl("bconv2d", CastInput<Bconv2dSignature>::call);
 }
+TORCH_LIBRARY_IMPL(fastbconv, AutocastCUDA, m) {
+  m.impl("bconv2d", CastInput<Bconv2dSignature>::call);
+}
 
 }  // namespace fbc

@@ -27,6 +27,7 @@ struct ConvCall {
   at::ScalarType compute_dtype;  // of the input
 
   bool has_bias() const { return bias.loc != nullptr; }
+  bool wants_kl() const { return options.weight_kl || options.bias_kl; }
   bool is_empty() const { return shape.output_rows() == 0 || shape.P == 0 || shape.Q == 0; }
   at::ScalarType parameter_dtype() const { return weight.dtype(); }
   ConvProblem problem() const;  // for the CPU

@@ -73,7 +73,7 @@ Tensors9 bconv2d_backward_entry(
                              output_mask[1] || output_mask[2],
                              call.has_bias() && (output_mask[3] || output_mask[4])};
   check_conv_backward(call, back);
-  const at::Tensor* by_kl = get_if_defined(grad_kl);
+  const at::Tensor* by_kl = call.wants_kl() ? get_if_defined(grad_kl) : nullptr;
   if (by_kl != nullptr) {
     expect_shape("grad_kl", {}, by_kl->sizes());
     expect_device("grad_kl", input.device(), *by_kl);

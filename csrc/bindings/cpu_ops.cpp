@@ -93,7 +93,9 @@ Tensors4 forward_cpu(const ConvCall& given, bool keep_weight, bool save_pre_acti
   const auto options = call.input->options();
   if (!save_pre_activation) out.pre_activation = at::empty({0}, options);
   if (!keep_weight) out.weight = at::empty({0}, options);
-  return {out.output, scalar_like(*call.weight.loc, out.kl), out.pre_activation, out.weight};
+  const at::Tensor kl = call.wants_kl() ? scalar_like(*call.weight.loc, out.kl)
+                                        : empty_gradient(*call.weight.loc);
+  return {out.output, kl, out.pre_activation, out.weight};
 }
 
 // Gradient by each draw of weight and bias, and by the input; undefined where not wanted.

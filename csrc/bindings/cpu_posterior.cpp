@@ -100,7 +100,7 @@ Tensors2 sample_posterior_cpu(const at::Tensor& loc, const OptionalTensor& rho,
   const at::Tensor sample = at::empty(sizes, loc.options().dtype(type));
   const double kl = loc.scalar_type() == at::kDouble ? draw_all<double>(t, sample, with_kl)
                                                      : draw_all<float>(t, sample, with_kl);
-  return {sample, scalar_like(loc, kl)};
+  return {sample, with_kl ? scalar_like(loc, kl) : empty_gradient(loc)};
 }
 
 template <typename T>

@@ -17,7 +17,11 @@
 #include "../cpu/capability.h"
 #include "../cpu/huge_pages.h"
 #include "../cpu/select.h"
+#include "device.h"
 #include "fbc_build_stamp.h"
+#if defined(FBC_HAS_CUDA)
+#include "../cuda/candidates.h"
+#endif
 
 namespace py = pybind11;
 
@@ -61,7 +65,14 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
+#if defined(FBC_WITH_CUDA)
+  info["cuda"] = true;
+#else
   info["cuda"] = false;
+#endif
+#if defined(FBC_SIMT_HOST)
+  info["interpreter"] = true;  // a library for tests: CUDA kernels on CPU tensors
+#endif
   return info;
 }
 
@@ -105,47 +116,14 @@ std::array<int64_t, kLength> expect_values(const char* name, const std::vector<i
   return out;
 }
 
-py::list explain_conv(const std::vector<int64_t>& input, const std::vector<int64_t>& weight,
-                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                      const std::vector<int64_t>& dilation, int64_t groups, int64_t num_samples,
-                      bool share_input, const std::string& dtype, bool channels_last) {
-  const auto [N, C, H, W] = expect_values<4>("input", input);
-  const auto [K, c, R, S] = expect_values<4>("weight", weight);
-  const auto [stride_h, stride_w] = expect_values<2>("stride", stride);
-  const auto [top, bottom, left, right] = expect_values<4>("padding", padding);
-  const auto [dilation_h, dilation_w] = expect_values<2>("dilation", dilation);
-  if (groups < 1) throw py::value_error("groups: expected at least 1, got " + std::to_string(groups));
-  if (num_samples < 1) {
-    throw py::value_error("num_samples: expected at least 1, got " + std::to_string(num_samples));
-  }
-  if (stride_h < 1 || stride_w < 1) throw py::value_error("stride: expected at least 1");
-  const ConvShape shape = {N,
-                           C,
-                           H,
-                           W,
-                           K,
-                           R,
-                           S,
-                           output_extent(H, top, bottom, R, stride_h, dilation_h),
-                           output_extent(W, left, right, S, stride_w, dilation_w),
-                           stride_h,
-                           stride_w,
-                           top,
-                           bottom,
-                           left,
-                           right,
-                           dilation_h,
-                           dilation_w,
-                           groups,
-                           num_samples,
-                           share_input};
-  const ConvProblem problem = {shape, dtype_by_name(dtype), channels_last, current_isa(),
-                               at::globalContext().deterministicAlgorithms()};
+// One row per direction and candidate.
+template <typename Problem, typename Candidate, typename Select>
+py::list rows_of(const Problem& problem, const Candidate* candidates, int count, Select&& select) {
   py::list rows;
   for (const Direction direction : {Direction::kFprop, Direction::kDgrad, Direction::kWgrad}) {
-    const Choice choice = select_algorithm(problem, direction, Algorithm::kAuto);
-    for (int i = 0; i < kNumCandidates; ++i) {
-      const Candidate& candidate = candidates()[i];
+    const Choice choice = select(problem, direction, Algorithm::kAuto);
+    for (int i = 0; i < count; ++i) {
+      const Candidate& candidate = candidates[i];
       const char* cannot = candidate.cannot(problem, direction);
       const char* passed_over = candidate.not_chosen(problem, direction);
       py::dict row;
@@ -160,6 +138,50 @@ py::list explain_conv(const std::vector<int64_t>& input, const std::vector<int64
     }
   }
   return rows;
+}
+
+py::list explain_on_cuda(const ConvShape& shape, Dtype dtype) {
+#if defined(FBC_HAS_CUDA)
+  const cuda::ConvProblem problem = {shape, dtype, device::tf32_convolutions()};
+  return rows_of(problem, cuda::candidates(), cuda::kNumCandidates, cuda::select_algorithm);
+#else
+  throw py::value_error("device: expected 'cpu', got 'cuda': this library has no CUDA kernels");
+#endif
+}
+
+py::list explain_conv(const std::vector<int64_t>& input, const std::vector<int64_t>& weight,
+                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                      const std::vector<int64_t>& dilation, int64_t groups, int64_t num_samples,
+                      bool share_input, const std::string& dtype, bool channels_last,
+                      const std::string& device) {
+  const auto [N, C, H, W] = expect_values<4>("input", input);
+  const auto [K, c, R, S] = expect_values<4>("weight", weight);
+  const auto [stride_h, stride_w] = expect_values<2>("stride", stride);
+  const auto [top, bottom, left, right] = expect_values<4>("padding", padding);
+  const auto [dilation_h, dilation_w] = expect_values<2>("dilation", dilation);
+  if (groups < 1) throw py::value_error("groups: expected at least 1, got " + std::to_string(groups));
+  if (num_samples < 1) {
+    throw py::value_error("num_samples: expected at least 1, got " + std::to_string(num_samples));
+  }
+  if (stride_h < 1 || stride_w < 1) throw py::value_error("stride: expected at least 1");
+  ConvShape shape = {};
+  shape.N = N, shape.C = C, shape.H = H, shape.W = W;
+  shape.K = K, shape.R = R, shape.S = S;
+  shape.P = output_extent(H, top, bottom, R, stride_h, dilation_h);
+  shape.Q = output_extent(W, left, right, S, stride_w, dilation_w);
+  shape.stride_h = stride_h, shape.stride_w = stride_w;
+  shape.pad_top = top, shape.pad_bottom = bottom, shape.pad_left = left, shape.pad_right = right;
+  shape.dilation_h = dilation_h, shape.dilation_w = dilation_w;
+  shape.groups = groups;
+  shape.num_samples = num_samples;
+  shape.share_input = share_input;
+  if (device == "cuda") return explain_on_cuda(shape, dtype_by_name(dtype));
+  if (device != "cpu") {
+    throw py::value_error("device: expected 'cpu' or 'cuda', got '" + device + "'");
+  }
+  const ConvProblem problem = {shape, dtype_by_name(dtype), channels_last, current_isa(),
+                               at::globalContext().deterministicAlgorithms()};
+  return rows_of(problem, candidates(), kNumCandidates, select_algorithm);
 }
 
 std::vector<bool> activations_from_pre_activation() {
@@ -191,6 +213,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_conv", &fbc::explain_conv, py::arg("input"), py::arg("weight"), py::kw_only(),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
         py::arg("num_samples"), py::arg("share_input"), py::arg("dtype"), py::arg("channels_last"),
+        py::arg("device") = "cpu",
         "Candidates of a convolution, best first, per direction, with reasons.");
   m.def("activations_from_pre_activation", &fbc::activations_from_pre_activation,
         "Per activation id: whether backward needs the pre-activation.");

@@ -128,13 +128,4 @@ Choice select_algorithm(const ConvProblem& problem, Direction direction, Algorit
   return {requested, "no kernel computes this", "auto"};
 }
 
-const char* direction_name(Direction direction) {
-  switch (direction) {
-    case Direction::kFprop: return "fprop";
-    case Direction::kDgrad: return "dgrad";
-    case Direction::kWgrad: return "wgrad";
-  }
-  return "";
-}
-
 }  // namespace fbc

@@ -5,22 +5,12 @@
 
 #include <cstdint>
 
+#include "../core/algorithm.h"
 #include "../core/conv_shape.h"
 #include "../core/types.h"
 #include "capability.h"
 
 namespace fbc {
-
-enum class Algorithm : int32_t {
-  kAuto = 0,
-  kDirect = 1,     // one-pass kernels of csrc/cpu
-  kWinograd2 = 2,  // F(2x2, 3x3)
-  kWinograd4 = 3,  // F(4x4, 3x3), on request only
-  kLibrary = 4,    // fused sampling pass, then the framework's convolution
-};
-constexpr int32_t kNumAlgorithms = 5;
-
-enum class Direction : int32_t { kFprop = 0, kDgrad = 1, kWgrad = 2 };
 
 struct ConvProblem {
   ConvShape shape;
@@ -42,15 +32,7 @@ struct Candidate {
 constexpr int kNumCandidates = 4;
 const Candidate* candidates();  // kNumCandidates of them, best first
 
-struct Choice {
-  Algorithm algorithm;
-  const char* reason;  // null, or why the requested algorithm cannot do it
-  const char* name;
-};
-
 // The requested algorithm, or for kAuto the first candidate with no objection.
 Choice select_algorithm(const ConvProblem& problem, Direction direction, Algorithm requested);
-
-const char* direction_name(Direction direction);
 
 }  // namespace fbc

@@ -1,0 +1,148 @@
+"""The CUDA operators without a GPU: bindings and kernels on the interpreter (tests/simt).
+
+A library is built in which they stand under the CPU key. The suites below then run on it, in
+processes of their own, and its results are compared with those of the CPU's kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "simt"))
+
+import host_library  # noqa: E402
+
+# Which tests run, and what of them does not apply: (expression of pytest -k, reason).
+NO_WINOGRAD = ("winograd2 or winograd", "CUDA has no Winograd kernels")
+ROUNDED = "the one-pass kernels multiply float32 as tf32 and do not know float64"
+SUITES: dict[str, list[tuple[str, str]]] = {
+    "test_ops.py": [
+        NO_WINOGRAD,
+        ("test_algorithms_that_cannot", "says what the CPU has"),
+        ("test_library_stays_away", "of the CPU's 16-bit convolution in PyTorch"),
+        ("test_deterministic_algorithms_exclude", "asks which kernel the CPU takes"),
+        ("test_fake_and_native_agree and True-1", "as test_providers_agree"),
+        ("test_providers_agree", ROUNDED),
+    ],
+    "test_posterior_list.py": [],
+    "test_ops_gradients.py": [
+        NO_WINOGRAD,
+        ("test_gradcheck and direct", ROUNDED),
+    ],
+    "test_functional.py": [],
+    "test_layers.py": [],
+    "test_kl.py": [],
+    "test_peers.py": [],
+    "test_errors.py": [],
+    "test_fuzz.py": [],
+    "test_linear.py": [],
+    "test_models.py": [],
+}
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return host_library.build()
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite_on_the_cuda_path(suite: str, library: Path) -> None:
+    without = " and ".join(f"not ({expression})" for expression, _ in SUITES[suite])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / suite)]
+    run = subprocess.run(
+        [*command, *(["-k", without] if without else [])],
+        env={**os.environ, host_library.LIBRARY_VARIABLE: str(library)},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+# Largest difference between the two paths, relative to the largest value of a result. float32 of
+# the one-pass kernels has tf32 products; 16-bit results differ by one rounding of the last sum, and
+# their gradients by that of the gradient before.
+TOLERANCE = {
+    ("library", torch.float64): 1e-11,
+    ("library", torch.float32): 3e-5,
+    ("library", torch.bfloat16): 2.0**-6,
+    ("library", torch.float16): 2.0**-9,
+    ("direct", torch.float32): 2.0**-8,
+    ("direct", torch.bfloat16): 2.0**-6,
+    ("direct", torch.float16): 2.0**-9,
+}
+
+
+def results(folder: Path, library: Path | None) -> dict[str, dict[str, torch.Tensor]]:
+    out = folder / f"{'cpu' if library is None else 'cuda'}.pt"
+    command = [sys.executable, str(HERE / "simt" / "path_cases.py"), str(out)]
+    command += [] if library is None else [str(library)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return torch.load(out)
+
+
+@pytest.fixture(scope="module")
+def both(
+    library: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("paths")
+    return results(folder, None), results(folder, library)
+
+
+def differences(
+    name: str, cpu: dict[str, torch.Tensor], cuda: dict[str, torch.Tensor], tolerance: float
+) -> list[str]:
+    found = []
+    if cuda.keys() != cpu.keys():
+        return [f"{name}: {sorted(cuda)} and not {sorted(cpu)}: {cuda.get('refused')}"]
+    for key, expected in cpu.items():
+        got = cuda[key]
+        where = f"{name}, {key}"
+        layout = (expected.shape, expected.dtype, expected.stride())
+        if layout != (got.shape, got.dtype, got.stride()):
+            found.append(f"{where}: {got.shape} {got.dtype} {got.stride()}, expected {layout}")
+        elif key.startswith("exact") or key == "weight":
+            if not torch.equal(got, expected):
+                found.append(f"{where}: the bits differ")
+        elif expected.numel() > 0:
+            largest = expected.double().abs().max().clamp(min=1e-3)
+            error = float((got.double() - expected.double()).abs().max() / largest)
+            if not error <= tolerance:
+                found.append(f"{where}: error {error:.2e}, at most {tolerance:.2e}")
+    return found
+
+
+@pytest.mark.parametrize("provider", ["library", "direct"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_results_are_those_of_the_cpu(both: tuple, provider: str, dtype: torch.dtype) -> None:
+    cpu, cuda = both
+    names = [name for name in cpu if name.startswith(provider) and name.endswith(str(dtype))]
+    if (provider, dtype) not in TOLERANCE:
+        assert names == []
+        return
+    found = [
+        text
+        for name in names
+        for text in differences(name, cpu[name], cuda[name], TOLERANCE[provider, dtype])
+    ]
+    assert names
+    assert found == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_draws_have_the_bits_of_the_cpu(both: tuple, dtype: torch.dtype) -> None:
+    cpu, cuda = both
+    name = f"posteriors-{dtype}"
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-12
+    assert differences(name, cpu[name], cuda[name], tolerance) == []
