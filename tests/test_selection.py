@@ -71,7 +71,7 @@ def test_the_library_is_published_after_its_fakes(monkeypatch) -> None:
     )
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda _: ops.available(), range(4)))
-    assert published == [{}] * len(ops._FAKES)
+    assert published == [{}] * len(ops._fakes.FAKES)
 
 
 def test_sixteen_bit_convolutions_that_pytorch_gets_wrong() -> None:
