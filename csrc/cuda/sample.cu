@@ -32,14 +32,9 @@ enum SampleTensor { kLoc, kRho, kPriorLoc, kPriorScale, kSample };
 
 constexpr int kWarps = kEntryThreads / 32;
 constexpr int64_t kTicketBytes = 256;
-// Waves of four blocks on each of 132 multiprocessors; more chunks than that are strided over, so
-// that few blocks draw a ticket.
-constexpr int64_t kEntryBlocks = 1056;
-inline dim3 grid_for(int64_t blocks) {
-  return dim3(static_cast<unsigned>(blocks < 1              ? 1
-                                    : blocks < kEntryBlocks ? blocks
-                                                            : kEntryBlocks));
-}
+// Blocks of a launch for each block that is resident: enough for the last ones to even out, few
+// enough that tickets cost nothing. More chunks than blocks are strided over.
+constexpr int64_t kWaves = 4;
 
 template <typename T, int kCapacity>
 struct SampleTable {
@@ -235,11 +230,10 @@ void sample_kernel(FBC_PARAM SampleTable<T, kCapacity> params) {
 FBC_KERNEL(kEntryThreads, 4)
 void scale_kernel(FBC_PARAM TableRow<PosteriorParams<float>> row, FBC_PARAM WeightStrides stride,
                   float* scale) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kEntryThreads;
   const PosteriorParams<float>& p = row.entry;
-  for (int64_t n = static_cast<int64_t>(blockIdx.x) * kEntryThreads + threadIdx.x;
-       n < row.map.quads; n += step) {
-    const Quad quad = quad_of<false>(row.map, n);
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * kEntryThreads + threadIdx.x;
+  if (number < row.map.quads) {
+    const Quad quad = quad_of<false>(row.map, number);
     float value[4];
     load_quad<false>(kDtypeOf<float>, row.map, quad, p.rho, p.rho_stride, row.packed & 1u, value);
     FBC_UNROLL
@@ -308,8 +302,14 @@ int launch_sample(const SampleEntry<T>* entries, int count, void* workspace, Str
     if (const int status = gpu::fill_zero(workspace, sizeof(uint32_t), stream)) return status;
   }
   const size_t shared_bytes = 2 * kWarps * sizeof(T) + sizeof(uint32_t);
-  return gpu::launch(sample_kernel<T, kCapacity>, grid_for(chunks), kEntryThreads, shared_bytes,
-                     stream, params);
+  int resident = 0;
+  if (const int status = gpu::resident_blocks(sample_kernel<T, kCapacity>, kEntryThreads,
+                                              shared_bytes, &resident)) {
+    return status;
+  }
+  const int64_t most = kWaves * resident, blocks = chunks < 1 ? 1 : chunks < most ? chunks : most;
+  return gpu::launch(sample_kernel<T, kCapacity>, dim3(static_cast<unsigned>(blocks)),
+                     kEntryThreads, shared_bytes, stream, params);
 }
 
 }  // namespace
@@ -356,7 +356,9 @@ int scale_of(const PosteriorParams<float>& posterior, float* scale, StreamHandle
   row.packed = static_cast<uint32_t>(is_packed(p.rho, p.rho_stride, p, row.map, 4)) |
                static_cast<uint32_t>(is_packed(scale, stride, p, row.map, 4)) << 1;
   const int64_t blocks = (row.map.quads + kEntryThreads - 1) / kEntryThreads;
-  return gpu::launch(scale_kernel, grid_for(blocks), kEntryThreads, 0, stream, row, stride, scale);
+  if (blocks >= kNarrow) return 1;
+  return gpu::launch(scale_kernel, dim3(static_cast<unsigned>(blocks)), kEntryThreads, 0, stream,
+                     row, stride, scale);
 }
 
 }  // namespace fbc::cuda

@@ -275,6 +275,7 @@ void grad_all(Suite& suite) {
 
 // Enough items for several chunks: exact sums, and the same bits for any number of workers.
 void chunks(Suite& suite) {
+  if (suite.quick) return;
   for (const Extents& extents :
        {Extents{6, 13, 31, 3}, Extents{6, 16, 32, 8}, Extents{2, 40, 52, 24}})
     for (Layout layout : {Layout::kNhwc, Layout::kNchw, Layout::kGaps}) {

@@ -77,6 +77,12 @@ void check_same_list(Suite& suite, std::vector<std::unique_ptr<Subject<T>>>& sub
   suite.launched("list", run_sample(entries));
 #if !defined(__CUDACC__)
   simt::settings().workers = 1;
+  simt::settings().resident_blocks = 1;  // many chunks to a block
+  const Buffer<T> before = together;
+  poison(together);
+  suite.launched("list in few blocks", run_sample(entries));
+  suite.same_bits("kl in few blocks", together, before);
+  simt::settings().resident_blocks = 0;
 #endif
   for (size_t i = 0; i < count; ++i) {
     suite.launched("alone", run_sample<T>({entry_for(*subjects[i], &second[i], 1, &alone[i])}));
@@ -94,7 +100,7 @@ void lists(Suite& suite) {
   for (int count : {2, 5, suite.quick ? 6 : kLargeTable + kSmallTable + 3}) {
     std::vector<std::unique_ptr<Subject<float>>> subjects;
     for (int i = 0; i < count; ++i) {
-      const Shape shape = i == 1 ? Shape{23, 3, 3, 12} : Shape{1 + i % 5, 1 + i % 2, 3, 1 + i % 7};
+      const Shape shape = i == 1 ? Shape{73, 3, 3, 20} : Shape{1 + i % 5, 1 + i % 2, 3, 1 + i % 7};
       subjects.push_back(std::make_unique<Subject<float>>(shape, kLayouts[i % 4],
                                                           static_cast<Prior>(i % 3),
                                                           static_cast<uint64_t>(i), suite.random));
@@ -176,6 +182,25 @@ void scales(Suite& suite) {
     }
 }
 
+// Numbers too large for the tests of kernels: digits with and without the long division.
+void digits(Suite& suite) {
+#if !defined(__CUDACC__)
+  for (const int64_t d3 : {1, 3, 7, 64, 2147483647}) {
+    for (const int64_t number : {int64_t{0}, int64_t{1}, int64_t{12345678}, kNarrow - 1,
+                                 kNarrow + 5, (int64_t{1} << 40) + 77}) {
+      const int64_t outer = number / d3;
+      if (outer / 15 >= kNarrow) continue;
+      const Digits d = digits_of(make_radix(3, 5, d3, number < kNarrow), number);
+      suite.expect(
+          d.d3 == number % d3 && d.d2 == outer % 5 && d.d1 == outer / 5 % 3 && d.d0 == outer / 15,
+          "digits of %lld", static_cast<long long>(number));
+    }
+  }
+#else
+  suite.expect(true, "on the host only");
+#endif
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -189,5 +214,6 @@ int main(int argc, char** argv) {
   suite.group("corners"), corners(suite);
   suite.group("noise"), noise(suite);
   suite.group("scale_of"), scales(suite);
+  suite.group("digits"), digits(suite);
   return suite.finish();
 }
