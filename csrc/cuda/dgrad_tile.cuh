@@ -37,7 +37,7 @@ struct PhaseAxis {
     extent = (pixels - first + stride - 1) / stride;
     r0 = 0;
     while (r0 < tap_step && (first + pad - r0 * dilation) % stride != 0) ++r0;
-    taps = r0 < tap_step && r0 < filter ? (filter - r0 + tap_step - 1) / tap_step : 0;
+    taps = r0 < tap_step ? (filter - r0 + tap_step - 1) / tap_step : 0;
     shift = (first + pad - r0 * dilation) / stride;  // exact where taps > 0
     step = -(tap_step * dilation / stride);
   }
