@@ -43,9 +43,9 @@ struct Site {
   const char* file;
   int line;
   bool operator==(const Site& other) const {
-    return line == other.line && std::strcmp(operation, other.operation) == 0 &&
-           std::strcmp(file, other.file) == 0;
+    return line == other.line && same(operation, other.operation) && same(file, other.file);
   }
+  static bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 };
 constexpr Site here(const char* operation, const char* file = __builtin_FILE(),
                     int line = __builtin_LINE()) {
