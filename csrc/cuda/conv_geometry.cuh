@@ -22,7 +22,7 @@
 //
 // kWide: every chunk is one 16-byte copy; needs wide_gather(). Else units of 8, 4 or 2 bytes, as
 // gather_unit() says (2: ordinary loads and stores, for odd C of a 16-bit type).
-// `image.data` points at channel 0 of the group.
+// A group's first channel is part of the rows' offsets.
 #pragma once
 
 #include "../core/conv_shape.h"
@@ -111,20 +111,20 @@ FBC_INLINE PixelIndex pixel_index(int32_t m, const ConvGeometry& g) {
   return {line / g.P, line % g.P, m % g.Q};
 }
 
-// The window of pixel m of a draw in the input.
-FBC_INLINE PixelRow pixel_row(int32_t m, int32_t draw, const ImageStrides& stride,
+// The window of pixel m of a draw in the input, from channel `channel` on.
+FBC_INLINE PixelRow pixel_row(int32_t m, int32_t draw, int32_t channel, const ImageStrides& stride,
                               const ConvGeometry& g) {
   if (m >= g.pixels) return {0, kNoPixel, 0};
   const PixelIndex at = pixel_index(m, g);
   const int64_t n = at.n + (g.share_input ? int64_t{0} : int64_t{draw} * g.rows);
   const int32_t h = at.p * g.stride_h - g.pad_top, w = at.q * g.stride_w - g.pad_left;
-  return {n * stride.n + h * stride.h + w * stride.w, h, w};
+  return {n * stride.n + h * stride.h + w * stride.w + channel, h, w};
 }
 template <int kRows, int kThreads>
-FBC_DEVICE void locate_pixels(PixelRow (&rows)[kRows], int32_t first, int32_t draw,
+FBC_DEVICE void locate_pixels(PixelRow (&rows)[kRows], int32_t first, int32_t draw, int32_t channel,
                               const ImageStrides& stride, const ConvGeometry& g) {
   for (int i = static_cast<int>(threadIdx.x); i < kRows; i += kThreads) {
-    rows[i] = pixel_row(first + i, draw, stride, g);
+    rows[i] = pixel_row(first + i, draw, channel, stride, g);
   }
 }
 

@@ -35,7 +35,8 @@ TileKind choose_tile(const ConvGeometry& g, WeightSource source, bool wide) {
     const bool fills = blocks(TileKind::kTall) >= kFill || g.columns > kCostlyColumns;
     return wide && fills && g.pixels > SmallTile::kPixels ? TileKind::kTall : TileKind::kSmall;
   }
-  const bool even = 2 * covers(g.K, LargeTile::kChannels) == covers(g.K, TallTile::kChannels);
+  const bool even =
+      wide && 2 * covers(g.K, LargeTile::kChannels) == covers(g.K, TallTile::kChannels);
   const TileKind tile = even ? TileKind::kLarge : TileKind::kTall;
   return blocks(tile) >= kFill ? tile : TileKind::kSmall;
 }
@@ -63,7 +64,12 @@ FpropPlan plan_fprop(const FpropParams& params, const ConvWeight& weight) {
   plan.slots = cooperates ? plan.steps * plan.strips : samples ? g.groups * plan.channel_tiles : 0;
   const int64_t counters = cooperates ? int64_t{draw_groups} * plan.steps : 0;
   plan.counters_bytes = samples ? round_up((counters + 1) * 4, 256) : 0;
-  plan.slots_bytes = round_up(int64_t{plan.slots} * 8, 256);
+  // Room for the shortest strips: the size is a function of the shape, not of the pointers'
+  // alignment, which has a say in the choice of the tile.
+  constexpr int32_t kShortest = SmallTile::kThreads / kRowChunks;
+  const int64_t slots =
+      cooperates ? int64_t{plan.steps} * covers(g.groups * g.K, kShortest) : plan.slots;
+  plan.slots_bytes = round_up(slots * 8, 256);
   plan.slabs_bytes =
       cooperates ? int64_t{g.num_samples} * plan.steps * g.groups * g.K * kRowBytes : 0;
   return plan;
@@ -89,32 +95,6 @@ OutputView output_view(const FpropParams& params) {
   return view;
 }
 
-// Where the product finds its weights: in the slabs, or in the given tensor.
-void place_weights(FpropArgs& args, const FpropPlan& plan, const ConvWeight& weight,
-                   unsigned char* slabs, int32_t bytes) {
-  const int64_t filters = int64_t{args.conv.groups} * args.conv.K;
-  if (plan.source == WeightSource::kCooperative) {
-    args.weight = slabs;
-    args.weight_row = kRowBytes;
-    args.weight_step = filters * kRowBytes;
-    args.weight_draw = plan.steps * args.weight_step;
-    args.weight_bytes = plan.steps * kRowBytes;
-    args.weight_unit = 16;
-  } else if (plan.source == WeightSource::kGiven) {
-    args.weight = static_cast<const unsigned char*>(weight.given);
-    args.weight_bytes = args.conv.columns * bytes;
-    args.weight_row = args.weight_bytes;
-    args.weight_step = kRowBytes;
-    args.weight_draw = filters * args.weight_row;
-    args.weight_unit = 16;
-    while (args.weight_unit > bytes &&
-           (args.weight_bytes % args.weight_unit != 0 ||
-            reinterpret_cast<uintptr_t>(args.weight) % static_cast<uintptr_t>(args.weight_unit))) {
-      args.weight_unit /= 2;
-    }
-  }
-}
-
 FpropArgs make_args(const FpropParams& params, const ConvWeight& weight, const FpropPlan& plan,
                     unsigned char* workspace) {
   const int32_t bytes = element_bytes(params.dtype);
@@ -131,8 +111,12 @@ FpropArgs make_args(const FpropParams& params, const ConvWeight& weight, const F
   args.tiles = plan.tiles;
   unsigned char* slots = workspace + plan.counters_bytes;
   unsigned char* slabs = slots + plan.slots_bytes;
-  place_weights(args, plan, weight, slabs, bytes);
-  if (weight.source == WeightSource::kGiven) return args;
+  const int32_t filters = args.conv.groups * args.conv.K;
+  if (weight.source == WeightSource::kGiven) {
+    args.weights = given_weights(weight.given, filters, args.conv.columns, bytes);
+    return args;
+  }
+  args.weights = slab_weights(slabs, filters, plan.steps);
   args.sampler = weight_sampler(weight, params.shape);
   uint32_t* counters = reinterpret_cast<uint32_t*>(workspace);
   args.slabs = {slabs, counters + 1, plan.steps, plan.strips, plan.tasks};

@@ -1,6 +1,7 @@
 // What a forward launch passes to its kernel, and how the host plans it: from the shape alone.
 #pragma once
 
+#include "weight_rows.cuh"
 #include "weight_slab.cuh"
 
 namespace fbc::cuda {
@@ -13,12 +14,8 @@ struct FpropArgs {
   Tap step;  // kDepth columns
   OutputView output;
   int32_t steps, pixel_tiles, channel_tiles,
-      tiles;  // pixel tiles of a draw, channel tiles of a group
-  // Stored weights: filter k of a draw, step t at weight + draw * weight_draw + t * weight_step
-  // + k * weight_row, all in bytes; weight_bytes of a filter exist, weight_unit are aligned.
-  const unsigned char* weight;
-  int64_t weight_draw, weight_step, weight_row;
-  int32_t weight_bytes, weight_unit;
+      tiles;              // pixel tiles of a draw, channel tiles of a group
+  StoredWeights weights;  // not for private sampling
   WeightSampler sampler;
   SlabPlan slabs;
   KlSum kl;

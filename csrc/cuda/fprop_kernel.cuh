@@ -48,9 +48,9 @@ FBC_DEVICE TilePosition private_tile(const FpropArgs& args, int32_t tile) {
 }
 
 template <typename T>
-FBC_DEVICE ImageView<T> group_input(const FpropArgs& args, int32_t group) {
-  return {static_cast<const T*>(args.input) + static_cast<int64_t>(group) * args.conv.C,
-          args.input_stride.h, args.input_stride.w, args.step, args.gather_unit};
+FBC_DEVICE ImageView<T> input_view(const FpropArgs& args) {
+  return {static_cast<const T*>(args.input), args.input_stride.h, args.input_stride.w, args.step,
+          args.gather_unit};
 }
 
 // Fills the tables of a tile, once every warp has done with those of the tile before.
@@ -60,7 +60,8 @@ FBC_DEVICE void begin_tile(ConvShared<Tile>& shared, const FpropArgs& args,
   const ConvGeometry& g = args.conv;
   gpu::sync();
   const int32_t first = at.pixel_tile * Tile::kPixels;
-  locate_pixels<Tile::kPixels, Tile::kThreads>(shared.rows, first, at.draw, args.input_stride, g);
+  locate_pixels<Tile::kPixels, Tile::kThreads>(shared.rows, first, at.draw, at.group * g.C,
+                                               args.input_stride, g);
   for (int i = static_cast<int>(threadIdx.x); i < Tile::kPixels; i += Tile::kThreads) {
     int64_t offset = kNoOutput;
     if (first + i < g.pixels) {
@@ -86,79 +87,14 @@ FBC_DEVICE void end_tile(ConvShared<Tile>& shared, const FpropArgs& args, const 
                       begin + args.conv.K, warp, lane);
 }
 
-// The rows of a weight tile, copied from memory step by step.
-template <typename T, typename Tile>
-class StoredRows {
- public:
-  FBC_DEVICE StoredRows(const FpropArgs& args, const TilePosition& at, int thread) {
-    const int row = thread / kRowChunks, chunk = thread % kRowChunks;
-    const int32_t first = at.channel_tile * Tile::kChannels;
-    const int64_t k = int64_t{at.group} * args.conv.K + first + row;
-    target_ = Tile::kWeights + chunk_offset<kRowChunks>(row, chunk);
-    rows_ = args.conv.K - first - row;
-    left_ = args.weight_bytes - chunk * 16;
-    from_ = args.weight + at.draw * args.weight_draw + k * args.weight_row + chunk * 16;
-  }
-  FBC_DEVICE void advance(const FpropArgs& args) {
-    from_ += args.weight_step;
-    left_ -= kRowBytes;
-  }
-  FBC_DEVICE void copy(unsigned char* stage, const FpropArgs& args) const {
-    if (args.weight_unit == 16) {
-      FBC_UNROLL
-      for (int i = 0; i < kCopies; ++i) {
-        const bool valid = (i * kRowStep < rows_) & (left_ > 0);
-        gpu::copy_async<16>(stage + target_ + i * kRowStep * kRowBytes,
-                            from_ + i * kRowStep * args.weight_row, valid);
-      }
-    } else {
-      FBC_ROLLED
-      for (int i = 0; i < kCopies; ++i) {
-        copy_units(stage + target_ + i * kRowStep * kRowBytes,
-                   from_ + i * kRowStep * args.weight_row, args.weight_unit,
-                   i * kRowStep < rows_ ? left_ : 0);
-      }
-    }
-  }
-
- private:
-  static constexpr int kRowStep = Tile::kThreads / kRowChunks;
-  static constexpr int kCopies = Tile::kChannels / kRowStep;
-  static_assert(Tile::kChannels % kRowStep == 0 && kRowStep % 8 == 0,
-                "threads share the tile evenly, all rows of one are swizzled alike");
-
-  // Filters that begin anywhere: the weights of a first layer, mostly.
-  FBC_DEVICE static void copy_units(unsigned char* to, const unsigned char* from, int32_t unit,
-                                    int32_t left) {
-    FBC_ROLLED
-    for (int32_t b = 0; b < 16; b += unit) {
-      const bool valid = b < left;
-      if (unit == 8) {
-        gpu::copy_async<8>(to + b, from + b, valid);
-      } else if (unit == 4) {
-        gpu::copy_async<4>(to + b, from + b, valid);
-      } else {
-        uint16_t value = 0;
-        if (valid) value = *reinterpret_cast<const uint16_t*>(from + b);
-        *reinterpret_cast<uint16_t*>(to + b) = value;
-      }
-    }
-  }
-
-  int target_;  // where in a stage the thread's chunk of its first row goes
-  int32_t rows_,
-      left_;  // rows of the group from the thread's first on; bytes of a filter from here
-  const unsigned char* from_;
-};
-
 template <typename T, bool kWide, typename Tile>
 FBC_DEVICE void stored_product(ConvShared<Tile>& shared, const FpropArgs& args,
                                const TilePosition& at, SlabWatch& watch, Accumulators<Tile>& acc,
                                int warp, int lane) {
   constexpr int kStages = Tile::kStages;
   const int thread = static_cast<int>(threadIdx.x);
-  const ImageView<T> image = group_input<T>(args, at.group);
-  StoredRows<T, Tile> weights(args, at, thread);
+  const ImageView<T> image = input_view<T>(args);
+  StoredRows<Tile> weights(args.weights, at, args.conv, thread);
   PixelGather<T, kWide, Tile::kPixels, Tile::kThreads> gather(thread, args.conv);
   watch.begin_tile(args.slabs, at.draw);
   const auto start = [&](int32_t step, int into) {
@@ -166,8 +102,8 @@ FBC_DEVICE void stored_product(ConvShared<Tile>& shared, const FpropArgs& args,
       gather.copy(shared.stage[into], shared.rows, image, args.conv);
       gather.advance(image, args.conv);
       watch.wait(args.slabs, step);
-      weights.copy(shared.stage[into], args);
-      weights.advance(args);
+      weights.copy(shared.stage[into], args.weights);
+      weights.advance(args.weights);
     }
     gpu::copy_commit();
   };
@@ -258,7 +194,7 @@ FBC_DEVICE void private_product(ConvShared<Tile>& shared, const FpropArgs& args,
                                 const TilePosition& at, Accumulators<Tile>& acc, int warp,
                                 int lane) {
   constexpr int kStages = Tile::kStages;
-  const ImageView<T> image = group_input<T>(args, at.group);
+  const ImageView<T> image = input_view<T>(args);
   const NoiseKey key = draw_key(args.sampler, at.draw);
   const bool late = (warp & 4) != 0;  // of two warps on one scheduler one samples, one multiplies
   PixelGather<T, kWide, Tile::kPixels, Tile::kThreads> gather(static_cast<int>(threadIdx.x),

@@ -24,26 +24,30 @@ int launch_stored(void (*kernel)(FpropArgs), const FpropArgs& args, StreamHandle
                                  kShared, stream, args);
 }
 
+template <typename T, bool kWide, typename Tile>
+int launch_private(const FpropArgs& args, StreamHandle stream) {
+  return gpu::launch(fprop_private<T, kWide, Tile>, dim3(static_cast<unsigned>(args.tiles)),
+                     Tile::kThreads, sizeof(ConvShared<Tile>), stream, args);
+}
+
+// plan_fprop() pairs narrow copies with the tall stored tile and the small private one, at most.
 template <typename T, bool kWide>
 int launch_fprop_as(const FpropArgs& args, const FpropPlan& plan, StreamHandle stream) {
   if (plan.source == WeightSource::kPrivate) {
-    const dim3 grid(static_cast<unsigned>(plan.tiles));
-    if constexpr (kWide) {  // plan_fprop() gives narrow copies the small tile
-      if (plan.tile == TileKind::kTall) {
-        return gpu::launch(fprop_private<T, kWide, TallTile>, grid, TallTile::kThreads,
-                           sizeof(ConvShared<TallTile>), stream, args);
-      }
+    if constexpr (kWide) {
+      if (plan.tile == TileKind::kTall) return launch_private<T, kWide, TallTile>(args, stream);
     }
-    return gpu::launch(fprop_private<T, kWide, SmallTile>, grid, SmallTile::kThreads,
-                       sizeof(ConvShared<SmallTile>), stream, args);
+    return launch_private<T, kWide, SmallTile>(args, stream);
   }
-  switch (plan.tile) {
-    case TileKind::kLarge:
+  if constexpr (kWide) {
+    if (plan.tile == TileKind::kLarge) {
       return launch_stored<LargeTile>(fprop_stored<T, kWide, LargeTile>, args, stream);
-    case TileKind::kTall:
-      return launch_stored<TallTile>(fprop_stored<T, kWide, TallTile>, args, stream);
-    default: return launch_stored<SmallTile>(fprop_stored<T, kWide, SmallTile>, args, stream);
+    }
   }
+  if (plan.tile == TileKind::kTall) {
+    return launch_stored<TallTile>(fprop_stored<T, kWide, TallTile>, args, stream);
+  }
+  return launch_stored<SmallTile>(fprop_stored<T, kWide, SmallTile>, args, stream);
 }
 
 template <typename T>

@@ -45,14 +45,22 @@ std::vector<GradientCase> forward_cases() {
   cases.insert(cases.end(), more.begin(), more.end());
   return cases;
 }
-// These fill a GPU with large tiles.
-std::vector<GradientCase> large_cases() {
+// These fill a GPU, or have a tile's worth of pixels for each private sample: the tile is checked.
+using fbc::cuda::TileKind;
+struct TileCase {
+  GradientCase shape;
+  TileKind stored, sampled;
+};
+std::vector<TileCase> tile_cases() {
+  const TileKind large = TileKind::kLarge, tall = TileKind::kTall, small = TileKind::kSmall;
   return {
-      {"128 x 128 tiles", 1, 8, 13, 10, 100, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 60, true},
-      {"128 x 128 tiles, c3", 1, 3, 13, 10, 70, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 60, true},
-      {"256 x 64 tiles", 1, 8, 13, 20, 33, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 60, true},
-      {"256 x 64 tiles, c5", 1, 5, 13, 20, 33, 3, 2, 1, 1, 1, 1, 0, 1, 1, 1, 1, 60, true},
-      {"128 x 128 tiles, 5 steps", 120, 32, 4, 4, 128, 5, 1, 1, 1, 2, 2, 0, 0, 1, 1, 1, 120},
+      {{"128 x 128 tiles", 1, 8, 13, 10, 100, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 60, true},
+       large,
+       tall},
+      {{"256 x 64 tiles", 1, 8, 13, 20, 33, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 60, true}, tall, tall},
+      {{"narrow c3", 1, 3, 13, 10, 70, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 60, true}, tall, small},
+      {{"narrow c5", 1, 5, 13, 20, 33, 3, 2, 1, 1, 1, 1, 0, 1, 1, 1, 1, 60, true}, tall, small},
+      {{"5 steps", 120, 32, 4, 4, 128, 5, 1, 1, 1, 2, 2, 0, 0, 1, 1, 1, 120}, large, small},
   };
 }
 
@@ -122,10 +130,18 @@ void check_all(Suite& suite, const char* type) {
 }
 
 template <typename T>
-void check_large(Suite& suite, const GradientCase& c) {
+void check_tile(Suite& suite, const TileCase& c) {
   ForwardLayout layout;
   layout.kept = true;
-  check_replayed<T>(suite, c, layout);
+  check_replayed<T>(suite, c.shape, layout);
+  Forward<T> forward(c.shape, layout, true, suite.random);
+  for (const WeightSource source : kSources) {
+    forward.weight.source = source;
+    const TileKind got = fbc::cuda::plan_fprop(forward.params, forward.weight).tile;
+    const TileKind want = source == WeightSource::kPrivate ? c.sampled : c.stored;
+    suite.expect(got == want, "%s, %s: tile %d, want %d", c.shape.name, name_of(source),
+                 static_cast<int>(got), static_cast<int>(want));
+  }
 }
 
 // However many blocks are resident, the result has the same bits.
@@ -160,10 +176,10 @@ int main(int argc, char** argv) {
   check_all<fbc::Half>(suite, "float16");
   check_all<float>(suite, "tf32");
   suite.group("large tiles");
-  const std::vector<GradientCase> large = large_cases();
-  for (size_t i = 0; i < large.size(); ++i) {
-    if (!suite.quick || i == 0) check_large<fbc::BFloat16>(suite, large[i]);
-    if (!suite.quick && i < 3) check_large<float>(suite, large[i]);
+  const std::vector<TileCase> tiles = tile_cases();
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    if (!suite.quick || i == 0) check_tile<fbc::BFloat16>(suite, tiles[i]);
+    if (!suite.quick && i < 2) check_tile<float>(suite, tiles[i]);
   }
   suite.group("number of resident blocks");
   check_residency<fbc::BFloat16>(
