@@ -47,8 +47,7 @@ FBC_DEVICE void sum_slabs(const GradRow<T>& row, const Quad& quad, const void* g
   const int64_t step = e.grad_slab_stride * size_of(e.grad_dtype);
   const auto* data = static_cast<const unsigned char*>(grad);
   load_quad<kDense, kRare>(e.grad_dtype, row.map, quad, data, e.grad_stride, packed, sum);
-  [[maybe_unused]] constexpr int kInFlight = kDense ? 2 : 1;
-  FBC_UNROLL_BY(kInFlight)
+  FBC_UNROLL_BY(1)
   for (int slab = 1; slab < static_cast<int>(e.slabs); ++slab) {
     T value[4];
     data += step;
@@ -174,38 +173,34 @@ FBC_DEVICE void finish_quad(const GradRow<T>& row, const Quad& quad, T grad_kl, 
   }
 }
 
-// Quads `number`, `number` + kEntryThreads, ...: the gradients of all are read before any is
-// written.
-template <bool kDense, int kQuads, typename T>
-FBC_DEVICE void backward_quads(const GradRow<T>& row, int64_t number) {
+// One quad at a time: many blocks to a multiprocessor keep more loads in flight than many quads to
+// a thread would.
+template <bool kDense, typename T>
+FBC_DEVICE void backward_quad(const GradRow<T>& row, int64_t number) {
   const T grad_kl = row.entry.grad_kl != nullptr ? *row.entry.grad_kl : T(0);
-  Quad quad[kQuads];
-  T by_loc[kQuads][4], by_scale[kQuads][4];
-  FBC_UNROLL
-  for (int j = 0; j < kQuads; ++j) {
-    quad[j] = quad_of<kDense>(row.map, number + j * kEntryThreads);
-    sum_draws<kDense>(row, quad[j], by_loc[j], by_scale[j]);
-  }
-  FBC_UNROLL
-  for (int j = 0; j < kQuads; ++j) {
-    finish_quad<kDense>(row, quad[j], grad_kl, by_loc[j], by_scale[j]);
-  }
+  const Quad quad = quad_of<kDense>(row.map, number);
+  T by_loc[4], by_scale[4];
+  sum_draws<kDense>(row, quad, by_loc, by_scale);
+  finish_quad<kDense>(row, quad, grad_kl, by_loc, by_scale);
 }
 
 template <typename T, int kCapacity>
-FBC_KERNEL(kEntryThreads, sizeof(T) == 8 ? 2 : 3)
+FBC_KERNEL(kEntryThreads, sizeof(T) == 8 ? 2 : 4)
 void posterior_backward_kernel(FBC_PARAM GradTable<T, kCapacity> table) {
   const int i = row_of_chunk(table, blockIdx.x);
   const GradRow<T>& row = table.row[i];
   const int64_t within = blockIdx.x - table.first_chunk[i];
   const int64_t number = within * kChunkQuads + threadIdx.x;
   if (is_dense_chunk(row.map, within)) {
-    backward_quads<true, kQuadsPerThread>(row, number);
+    FBC_UNROLL_BY(1)
+    for (int j = 0; j < kQuadsPerThread; ++j) {
+      backward_quad<true>(row, number + j * kEntryThreads);
+    }
     return;
   }
   FBC_UNROLL_BY(1)
   for (int j = 0; j < kQuadsPerThread; ++j) {
-    backward_quads<false, 1>(row, number + j * kEntryThreads);
+    backward_quad<false>(row, number + j * kEntryThreads);
   }
 }
 
