@@ -6,6 +6,7 @@ processes of their own, and its results are compared with those of the CPU's ker
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,30 +21,32 @@ sys.path.insert(0, str(HERE / "simt"))
 import host_library  # noqa: E402
 
 # Which tests run, and what of them does not apply: (expression of pytest -k, reason).
-NO_WINOGRAD = ("winograd2 or winograd", "CUDA has no Winograd kernels")
-ROUNDED = "the one-pass kernels multiply float32 as tf32 and do not know float64"
+NO_WINOGRAD = ("winograd", "CUDA has no Winograd kernels")
+NO_FLOAT64 = "tensor cores do not multiply float64"
 SUITES: dict[str, list[tuple[str, str]]] = {
     "test_ops.py": [
         NO_WINOGRAD,
         ("test_algorithms_that_cannot", "says what the CPU has"),
-        ("test_library_stays_away", "of the CPU's 16-bit convolution in PyTorch"),
+        ("test_library_stays_away", "tells of PyTorch's 16-bit convolution on the CPU"),
         ("test_deterministic_algorithms_exclude", "asks which kernel the CPU takes"),
-        ("test_fake_and_native_agree and True-1", "as test_providers_agree"),
-        ("test_providers_agree", ROUNDED),
+        ("test_providers_agree", "runs Winograd too; test_results_are_those_of_the_cpu compares"),
     ],
     "test_posterior_list.py": [],
     "test_ops_gradients.py": [
         NO_WINOGRAD,
-        ("test_gradcheck and direct", ROUNDED),
+        ("test_gradcheck and direct", NO_FLOAT64),
     ],
-    "test_functional.py": [],
+    "test_functional.py": [
+        ("computes_the_same and direct", "products of float32 are rounded to tf32"),
+        ("integers_without_scale and bfloat16", "the sum is rounded before the bias is added"),
+    ],
     "test_layers.py": [],
     "test_kl.py": [],
-    "test_peers.py": [],
     "test_errors.py": [],
-    "test_fuzz.py": [],
     "test_linear.py": [],
     "test_models.py": [],
+    "test_grouped.py": [],
+    "test_determinism.py": [NO_WINOGRAD, ("float64-direct", NO_FLOAT64)],
 }
 
 
@@ -146,3 +149,36 @@ def test_draws_have_the_bits_of_the_cpu(both: tuple, dtype: torch.dtype) -> None
     name = f"posteriors-{dtype}"
     tolerance = 2e-6 if dtype == torch.float32 else 1e-12
     assert differences(name, cpu[name], cuda[name], tolerance) == []
+
+
+EXPLAIN = """
+import json, sys
+import torch
+from fastbconv import _native
+from pathlib import Path
+native = _native._import(Path(sys.argv[1]))
+question = dict(stride=[1, 1], padding=[1] * 4, dilation=[1, 1], groups=1, num_samples=1,
+                share_input=False, channels_last=True, device="cuda")
+rows = lambda dtype: native.explain_conv([8, 64, 8, 8], [64, 64, 3, 3], dtype=dtype, **question)
+answers = {dtype: rows(dtype) for dtype in ("bfloat16", "float32", "float64")}
+torch.backends.cudnn.allow_tf32 = False
+answers["float32 without tf32"] = rows("float32")
+print(json.dumps(answers))
+"""
+
+
+def test_explain_names_the_providers_of_cuda(library: Path) -> None:
+    command = [sys.executable, "-c", EXPLAIN, str(library)]
+    run = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    answers = json.loads(run.stdout)
+    for dtype, rows in answers.items():
+        assert {row["algorithm"] for row in rows if row["chosen"]} == {"library"}, dtype
+        direct = [row for row in rows if row["algorithm"] == "direct"]
+        assert [row["direction"] for row in direct] == ["fprop", "dgrad", "wgrad"]
+        can = dtype in ("bfloat16", "float32")
+        assert all(row["available"] == can for row in direct), dtype
+        assert all("on request" in row["reason"] for row in direct if can)
+        assert not any(row["available"] for row in rows if row["algorithm"].startswith("wino"))
+    reasons = [row["reason"] for row in answers["float32 without tf32"]]
+    assert any(reason is not None and "allow_tf32" in reason for reason in reasons)

@@ -159,7 +159,8 @@ py::list explain_conv(const std::vector<int64_t>& input, const std::vector<int64
   const auto [stride_h, stride_w] = expect_values<2>("stride", stride);
   const auto [top, bottom, left, right] = expect_values<4>("padding", padding);
   const auto [dilation_h, dilation_w] = expect_values<2>("dilation", dilation);
-  if (groups < 1) throw py::value_error("groups: expected at least 1, got " + std::to_string(groups));
+  if (groups < 1)
+    throw py::value_error("groups: expected at least 1, got " + std::to_string(groups));
   if (num_samples < 1) {
     throw py::value_error("num_samples: expected at least 1, got " + std::to_string(num_samples));
   }

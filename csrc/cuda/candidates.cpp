@@ -13,6 +13,9 @@ const char* no_kernel(const ConvProblem&, Direction) {
 }
 
 const char* direct_cannot(const ConvProblem& problem, Direction) {
+  if (problem.dtype == Dtype::kFloat64) {
+    return "tensor cores do not multiply float64 as it needs; use 'library' or 'auto'";
+  }
   if (problem.dtype == Dtype::kFloat32 && !problem.tf32) {
     return "its float32 products are rounded to tf32, which torch.backends.cudnn.allow_tf32 "
            "forbids; "

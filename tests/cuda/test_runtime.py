@@ -162,6 +162,19 @@ def test_stress_of_the_blocks_that_wait_for_one_another() -> None:
     assert not any(bool(flag) for flag in differing)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_relu_inside_cudnn_and_ours_agree(dtype: torch.dtype, groups: int) -> None:
+    arguments = samples.tensors(4, 32, 9, 9, 48, groups=groups, dtype=dtype, channels_last=True)
+    arguments = [t if t is None else t.detach().cuda() for t in arguments]
+    options = samples.options(groups=groups)  # relu
+    inside = ops.bconv2d(*arguments, **options)[0]
+    ours = ops.bconv2d(*arguments, **{**options, "save_pre_activation": True})[0]
+    assert inside.stride() == ours.stride()
+    error = (inside.float() - ours.float()).abs().max() / ours.float().abs().max()
+    assert float(error) < max(2.0**-9, 4 * torch.finfo(dtype).eps)
+
+
 def test_library_and_direct_agree() -> None:
     for num_samples, share_input in ((1, False), (4, False), (3, True)):
         options = samples.options(num_samples=num_samples, share_input=share_input)
