@@ -198,10 +198,13 @@ class Forward {
     params.activation_param = layout.activation_param;
   }
 
-  // An operand as the product sees it.
+  // An operand as the product sees it: float with 10 bits of mantissa, ties away from zero.
   static double operand(const T& x) {
-    if constexpr (sizeof(T) == 4) return bits_to_float(gpu::to_tf32(x));
-    return as_double(x);
+    if constexpr (sizeof(T) == 4) {
+      return bits_to_float((float_to_bits(x) + 0x1000u) & 0xffffe000u);
+    } else {
+      return as_double(x);
+    }
   }
   void compute_reference() {
     want.assign(static_cast<size_t>(shape.output_rows() * shape.P * shape.Q * shape.K), 0.0);
