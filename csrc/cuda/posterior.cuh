@@ -5,7 +5,7 @@
 //   chunks      0 1 2 3        0 1                  entry of a chunk once, by bisection
 //   chunk       kChunkQuads quads, a fixed set of elements, whatever the grid
 //   quad        four elements of one Philox block: element numbers 4b .. 4b + 3
-//   thread t    quads t and t + kThreads of the chunk
+//   thread t    quads t and t + kEntryThreads of the chunk
 //
 // Order of quads: element numbers, so that dense KRSC tensors are read 16 bytes at a time. Where
 // loc is not dense along c (KCRS: the layout of a contiguous torch parameter) and C % 4 == 0, taps
