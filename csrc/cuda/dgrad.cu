@@ -63,22 +63,24 @@ DgradArgs arguments(const DgradParams& p, const ConvWeight& weight) {
 
 int launch(const DgradParams& p, const ConvWeight& weight, StreamHandle stream) {
   const ConvShape& s = p.shape;
+  // What the int32 arithmetic of a block relies on.
+  const int64_t C = s.channels_per_group(), K = s.filters_per_group(), taps = s.R * s.S;
   const int64_t extents[] = {s.rows_per_sample() * s.H * s.W,
                              s.C,
-                             s.groups,
+                             s.K,
+                             taps * C,
+                             taps * K,
+                             s.num_samples * ceil_divide(taps * K, 16),
                              s.P * s.stride_h,
                              s.Q * s.stride_w,
-                             s.K * s.R * s.S * s.channels_per_group(),
-                             s.num_samples * (s.R * s.S * s.filters_per_group() + 32),
                              s.R * s.dilation_h,
                              s.S * s.dilation_w,
-                             s.pad_top,
-                             s.pad_left,
+                             s.H + s.pad_top,
+                             s.W + s.pad_left,
                              s.stride_h,
-                             s.stride_w,
-                             s.stride_h * s.stride_w};
+                             s.stride_w};
   for (const int64_t extent : extents) {
-    if (extent >= kExtentLimit) return kInvalid;
+    if (extent > kExtentLimit) return kInvalid;
   }
   const DgradArgs a = arguments(p, weight);
   switch (p.dtype) {

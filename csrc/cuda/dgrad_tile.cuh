@@ -36,10 +36,11 @@ struct PhaseAxis {
                        int32_t filter, int32_t tap_step) {
     extent = (pixels - first + stride - 1) / stride;
     r0 = 0;
-    while (r0 < tap_step && (first + pad - r0 * dilation) % stride != 0) ++r0;
-    taps = r0 < tap_step ? (filter - r0 + tap_step - 1) / tap_step : 0;
+    const int32_t end = tap_step < filter ? tap_step : filter;
+    while (r0 < end && (first + pad - r0 * dilation) % stride != 0) ++r0;
+    taps = r0 < end ? (filter - r0 + tap_step - 1) / tap_step : 0;
     shift = (first + pad - r0 * dilation) / stride;  // exact where taps > 0
-    step = -(tap_step * dilation / stride);
+    step = -(dilation / (stride / tap_step));
   }
 };
 

@@ -18,7 +18,7 @@ constexpr int kInvalid = 1;  // cudaErrorInvalidValue
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// With draws, their products are weighed one by one; otherwise all pixels are one long sum.
+// Whether the products of draws are weighed one by one; otherwise all pixels go into one sum.
 bool has_draws(const WgradParams& p) { return p.shape.num_samples > 1 && p.slabs_eps != nullptr; }
 
 template <typename T, bool kDraws, bool kAligned>
@@ -31,7 +31,7 @@ int launch_tiles(WgradArgs a, StreamHandle stream) {
   const int64_t blocks =
       int64_t{a.slab_count} * a.shape.groups * a.filter_tiles * int64_t{a.column_tiles};
   if (blocks == 0) return 0;
-  if (blocks > INT32_MAX || a.steps * steps_per_draw > INT32_MAX) return kInvalid;
+  if (blocks > INT32_MAX || a.steps * steps_per_draw / a.slab_count > kExtentLimit) return kInvalid;
   a.steps *= steps_per_draw;
   a.steps_per_draw = static_cast<int32_t>(std::max<int64_t>(steps_per_draw, 1));
   return gpu::launch(wgrad_kernel<T, kDraws, kAligned>, dim3(static_cast<unsigned>(blocks)),
@@ -55,7 +55,6 @@ int launch_type(const WgradParams& p, WgradArgs& a, StreamHandle stream) {
 
 WgradArgs arguments(const WgradParams& p, int64_t slabs) {
   const ConvShape& s = p.shape;
-  const int64_t draws = has_draws(p) || s.share_input ? s.num_samples : 1;
   WgradArgs a{};
   a.input = p.input;
   a.grad = p.grad;
@@ -65,8 +64,7 @@ WgradArgs arguments(const WgradParams& p, int64_t slabs) {
   a.input_stride = p.input_stride;
   a.grad_stride = p.grad_stride;
   a.shape = conv_geometry(s);
-  a.shape.rows = static_cast<int32_t>(s.output_rows() / draws);
-  a.steps = s.P > 0 && s.Q > 0 ? draws : 0;  // times steps_per_draw, by launch_tiles()
+  a.steps = s.P > 0 && s.Q > 0 ? s.num_samples : 0;  // times steps_per_draw, by launch_tiles()
   a.slab_count = static_cast<int32_t>(slabs);
   a.by_pixels = divisor(s.P * s.Q);
   a.by_q = divisor(s.Q);
@@ -78,21 +76,19 @@ WgradArgs arguments(const WgradParams& p, int64_t slabs) {
 
 int launch_slabs(const WgradParams& p, int64_t slabs, StreamHandle stream) {
   const ConvShape& s = p.shape;
-  const int64_t extents[] = {s.P * s.Q,
-                             s.H,
-                             s.W,
-                             s.K,
-                             s.groups,
+  // What the int32 arithmetic of a block relies on.
+  const int64_t rows = s.rows_per_sample();
+  const int64_t extents[] = {rows * s.P * s.Q,
                              s.R * s.S * s.channels_per_group(),
-                             s.output_rows(),
+                             s.K,
                              s.P * s.stride_h,
                              s.Q * s.stride_w,
                              s.R * s.dilation_h,
                              s.S * s.dilation_w,
-                             s.pad_top,
-                             s.pad_left};
+                             s.H + s.pad_top,
+                             s.W + s.pad_left};
   for (const int64_t extent : extents) {
-    if (extent >= kExtentLimit) return kInvalid;
+    if (extent > kExtentLimit) return kInvalid;
   }
   WgradArgs a = arguments(p, slabs);
   switch (p.dtype) {

@@ -7,14 +7,12 @@
 //
 // A product of matrices: M = filters of the group, N = columns (r, s, c), summed over pixels.
 //
-//            columns                4 warps of 32 filters x half the columns, 128 or (tf32) 64
-//            columns;
-//          +---------+---------+    with draws 8 warps of 16 x 32 and 64 columns: an element then
-//          has
-//   filters| warp 0  | warp 1  |    three sums, the draw's product, all, and all times eps
-//     64   +---------+---------+    a stage (of three):  grad   kDepth pixels x 64 filters
-//          | warp 2  | warp 3  |                         input  kDepth pixels x columns
-//          +---------+---------+    kDepth: 32 pixels (16-bit) or 16 (tf32)
+//            columns                4 warps, 2 x 2, of 32 filters x half the columns: 128 columns, 64
+//          +---------+---------+    for tf32 or unaligned operands. With draws an element has three
+//   filters| warp 0  | warp 1  |    sums (the draw's product, all, all times eps): warps of 16 x 32,
+//     64   +---------+---------+    eight of them, or four and 32 filters (tf32, unaligned).
+//          | warp 2  | warp 3  |    A stage (of three): kDepth pixels x filters of grad, kDepth pixels
+//          +---------+---------+    x columns of input; kDepth = 32 pixels (16-bit) or 16 (tf32)
 //
 // Both operands lie with the pixels down the columns of their tiles and are transposed by the
 // loads. Pixels are cut into steps of kDepth pixels of one draw, in the order (draw, n, p, q); slab

@@ -16,8 +16,8 @@ struct WgradArgs {
   float* slabs_eps;
   const int64_t* seed;
   ImageStrides input_stride, grad_stride;
-  ConvGeometry shape;  // its rows: of grad, per draw
-  int64_t steps;       // of all draws together; a step is kDepth pixels of one draw
+  ConvGeometry shape;
+  int64_t steps;  // of all draws together; a step is kDepth pixels of one draw
   int32_t steps_per_draw;
   int32_t slab_count, filter_tiles, column_tiles;
   bool input_aligned, grad_aligned;

@@ -98,12 +98,12 @@ vector<double> sum_slabs(const Buffer<float>& slabs, int64_t weights) {
 // Whole numbers: sums of draws exactly, sums times eps to the rounding of their additions.
 template <typename T>
 void check(Suite& suite, const GradientCase& c, const Layout& layout, fbc::Dtype dtype,
-           int64_t slabs = 0) {
+           int64_t slabs = 0, bool with_eps = true) {
   Problem<T> problem(c, layout, dtype);
   problem.input.fill([&] { return static_cast<double>(suite.random.between(-3, 3)); });
   problem.grad.fill([&] { return static_cast<double>(suite.random.between(-3, 3)); });
   if (slabs == 0) slabs = fbc::cuda::wgrad_slabs(problem.params);
-  const bool draws = c.num_samples > 1;
+  const bool draws = c.num_samples > 1 && with_eps;
   const std::string name = c.name;
   const Slabs got = run(suite, name, problem, slabs, draws);
   const vector<vector<double>> by_draw = reference(problem);
@@ -166,10 +166,14 @@ void check_slabs(Suite& suite) {
   const GradientCase plain = {"slabs", 3, 8, 9, 11, 16, 3, 3, 1, 1, 1, 1, 1, 1};
   GradientCase draws = plain;
   draws.num_samples = 3;
+  GradientCase share = draws;
+  share.share_input = true;
   for (const int64_t slabs : {1, 2, 3, 7, 13, 40}) {
     check<fbc::BFloat16>(suite, plain, {}, fbc::Dtype::kBFloat16, slabs);
     check<fbc::BFloat16>(suite, draws, {}, fbc::Dtype::kBFloat16, slabs);
     check<float>(suite, draws, {}, fbc::Dtype::kFloat32, slabs);
+    check<fbc::Half>(suite, draws, {}, fbc::Dtype::kFloat16, slabs, false);
+    check<fbc::Half>(suite, share, {}, fbc::Dtype::kFloat16, slabs, false);
   }
   const GradientCase empty = {"no output", 2, 8, 2, 5, 8, 3, 3};
   check<fbc::BFloat16>(suite, empty, {}, fbc::Dtype::kBFloat16);
