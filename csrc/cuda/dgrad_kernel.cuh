@@ -15,15 +15,20 @@
 // Phases: pixels with the same (h mod stride_h, w mod stride_w) meet the same taps, so a tile holds
 // pixels of one phase, and only the taps that exist for it are enumerated: r = r0 + i * tap_step.
 // Within a phase, pixel i along h reads output i + shift + tap * step: addresses and a bounds test,
-// as in the forward direction. A phase without taps (a 1 x 1 filter with stride 2 has three) gets
-// zeros, and so do pixels that no output reads: every element is written. A tile belongs to one
-// draw, or with share_input sums over the draws, in order, inside the block: no atomics. Order of a
-// sum: draw, tap, filter; it depends on the shape alone. Weights: given in memory, or (kPrivate)
-// sampled by each block one stage ahead, with the bits that sample() writes; nothing of a weight's
-// size is then in memory. Alignment: kAligned copies 16 bytes of filters (grad) and of channels
-// (weights) at a time; otherwise each operand that does not allow it goes element by element (odd
-// K, 1 or 3 channels). Sources: strided data gradient by phases, CUTLASS 2.x
-// implicit_gemm_convolution_strided_dgrad.h.
+// as in the forward direction. Addresses are found once a tap and move on by kDepth filters a step.
+// A phase without taps (a 1 x 1 filter with stride 2 has three) gets zeros, and so do pixels that
+// no output reads: every element is written.
+//
+// A tile belongs to one draw, or with share_input sums over the draws, in order, inside the block:
+// no atomics. Order of a sum: draw, tap, filter; it depends on the shape alone.
+//
+// Weights: given in memory, or (kPrivate) sampled by each block one stage ahead, with the bits that
+// sample() writes; nothing of a weight's size is then in memory.
+//
+// Alignment: kAligned copies 16 bytes of filters (grad) and of channels (weights) at a time;
+// otherwise each operand that does not allow it goes element by element (odd K, 1 or 3 channels).
+//
+// Sources: strided data gradient by phases, CUTLASS 2.x implicit_gemm_convolution_strided_dgrad.h.
 #pragma once
 
 #include "dgrad_tile.cuh"

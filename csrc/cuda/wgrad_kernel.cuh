@@ -7,23 +7,31 @@
 //
 // A product of matrices: M = filters of the group, N = columns (r, s, c), summed over pixels.
 //
-//            columns                4 warps, 2 x 2, of 32 filters x half the columns: 128 columns, 64
+//            columns                4 warps, 2 x 2, of 32 filters x half the columns: 128 columns,
+//            64
 //          +---------+---------+    for tf32 or unaligned operands. With draws an element has three
-//   filters| warp 0  | warp 1  |    sums (the draw's product, all, all times eps): warps of 16 x 32,
+//   filters| warp 0  | warp 1  |    sums (the draw's product, all, all times eps): warps of 16 x
+//   32,
 //     64   +---------+---------+    eight of them, or four and 32 filters (tf32, unaligned).
-//          | warp 2  | warp 3  |    A stage (of three): kDepth pixels x filters of grad, kDepth pixels
+//          | warp 2  | warp 3  |    A stage (of three): kDepth pixels x filters of grad, kDepth
+//          pixels
 //          +---------+---------+    x columns of input; kDepth = 32 pixels (16-bit) or 16 (tf32)
 //
 // Both operands lie with the pixels down the columns of their tiles and are transposed by the
-// loads. Pixels are cut into steps of kDepth pixels of one draw, in the order (draw, n, p, q); slab
-// z takes an equal run of steps, cut by the shape alone. A block owns one tile of one slab, writes
+// loads. The pixels of a step are located by one warp, a step before they are copied.
+//
+// Pixels are cut into steps of kDepth pixels of one draw, in the order (draw, n, p, q); slab z
+// takes an equal run of steps, cut by the shape alone. A block owns one tile of one slab, writes
 // each of its elements once and adds in index order: no atomics, no order that depends on the
 // machine. At the end of a draw (or of the slab within it) the product is moved to the running
-// sums, with eps made again from its address. Alignment: kAligned copies 16 bytes of channels at a
-// time; otherwise each operand whose strides do not allow it goes element by element (1 or 3
-// channels, odd K). Zeros replace what lies outside. Sources: implicit GEMM, cuDNN (arXiv
-// 1410.0759) section 3; multi-stage cp.async pipeline and XOR-swizzled tiles, CUTLASS 2.x
-// (include/cutlass/gemm/threadblock/mma_multistage.h).
+// sums, with eps made again from its address.
+//
+// Alignment: kAligned copies 16 bytes of channels at a time; otherwise each operand whose strides
+// do not allow it goes element by element (1 or 3 channels, odd K). Zeros replace what lies
+// outside.
+//
+// Sources: implicit GEMM, cuDNN (arXiv 1410.0759) section 3; multi-stage cp.async pipeline and
+// XOR-swizzled tiles, CUTLASS 2.x (include/cutlass/gemm/threadblock/mma_multistage.h).
 #pragma once
 
 #include "noise_quad.cuh"
