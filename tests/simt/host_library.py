@@ -1,8 +1,8 @@
 """Builds the library of the CUDA path on the interpreter, for machines without a GPU.
 
-The CUDA operators of csrc/bindings are compiled with FBC_SIMT_HOST, which registers them under the
-CPU key, and the kernels of csrc/cuda by the C++ compiler against this folder. The result is a module
-``fastbconv._C`` like any other, and every Python test that uses it runs the CUDA path.
+The CUDA operators of csrc/bindings are compiled with FBC_SIMT_HOST, which registers them under
+the CPU key, and the kernels of csrc/cuda by the C++ compiler against this folder. The result is a
+module ``fastbconv._C`` like any other, and every Python test that uses it runs the CUDA path.
 
 As a program: ``python host_library.py FOLDER`` compiles in FOLDER and prints where the library is.
 """
