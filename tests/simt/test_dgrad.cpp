@@ -198,6 +198,7 @@ void check_shapes(Suite& suite) {
       check_exact<T>(suite, cases[i], {}, dtype);
     }
     check_exact<T>(suite, {"no output", 2, 8, 2, 5, 8, 3, 3}, {}, dtype);
+    check_exact<T>(suite, {"no rows", 0, 8, 5, 5, 8, 3, 3}, {}, dtype);
   });
 }
 

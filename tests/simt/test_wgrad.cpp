@@ -177,6 +177,8 @@ void check_slabs(Suite& suite) {
   }
   const GradientCase empty = {"no output", 2, 8, 2, 5, 8, 3, 3};
   check<fbc::BFloat16>(suite, empty, {}, fbc::Dtype::kBFloat16);
+  const GradientCase no_rows = {"no rows", 0, 8, 5, 5, 8, 3, 3};
+  check<fbc::BFloat16>(suite, no_rows, {}, fbc::Dtype::kBFloat16);
   fbc::cuda::WgradParams params{};
   params.shape = fbc::test::shape_of({"resnet", 128, 64, 32, 32, 64, 3, 3, 1, 1, 1, 1, 1, 1});
   suite.expect(fbc::cuda::wgrad_slabs(params) == 30, "64 > 64 at 32: 9 tiles, 264 blocks");
