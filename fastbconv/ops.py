@@ -114,7 +114,8 @@ def bconv2d(
     Shape:
         input (N, C, H, W); weight_loc, weight_rho (K, C/groups, R, S); bias_loc, bias_rho (K,);
         output (num_samples * N with share_input, else N, K, P, Q) in the memory format of input;
-        kl () in the dtype of the parameters, where weight_kl or bias_kl; weight (num_samples, K, C/groups, R, S), KRSC memory.
+        kl () in the dtype of the parameters, where weight_kl or bias_kl; weight (num_samples, K,
+        C/groups, R, S), KRSC memory.
     Differentiable by input, the parameters and the prior tensors, once, in reverse mode.
     """
     tensors = (input, weight_loc, weight_rho, bias_loc, bias_rho, seed)
