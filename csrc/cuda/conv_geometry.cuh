@@ -25,6 +25,8 @@
 // A group's first channel is part of the rows' offsets.
 #pragma once
 
+#include <cstring>
+
 #include "../core/conv_shape.h"
 #include "../core/params.h"
 #include "mma.cuh"
@@ -98,7 +100,8 @@ struct alignas(16) PixelRow {
 constexpr int32_t kNoPixel = INT32_MIN / 2;
 
 FBC_DEVICE PixelRow load_row(const PixelRow& row) {  // one access of 16 bytes
-  const uint4 bits = *reinterpret_cast<const uint4*>(&row);
+  uint4 bits;
+  std::memcpy(&bits, __builtin_assume_aligned(&row, 16), sizeof bits);
   return {static_cast<int64_t>(bits.x | static_cast<uint64_t>(bits.y) << 32),
           static_cast<int32_t>(bits.z), static_cast<int32_t>(bits.w)};
 }
