@@ -203,9 +203,9 @@ def workshop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
             if item.path == Path(__file__) and hasattr(item, "callspec")
         ]
         for case in cases:
-            for run in case.runs() if isinstance(case, Bug) else [case]:
-                if isinstance(run, Run):
-                    shop.request(run)
+            run = case.runs()[0] if isinstance(case, Bug) else case  # most show themselves at once
+            if isinstance(run, Run):
+                shop.request(run)
         yield shop
         shop.pool.shutdown(cancel_futures=True)
 
