@@ -18,9 +18,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # (10 bits of fraction) unless that is forbidden; 16-bit results differ by one rounding.
 TOLERANCE = {
     torch.float64: 1e-11,
-    torch.float32: 2.0**-8,
-    torch.bfloat16: 2.0**-6,
-    torch.float16: 2.0**-9,
+    torch.float32: 2.0**-6,
+    torch.bfloat16: 2.0**-5,
+    torch.float16: 2.0**-8,
 }
 
 

@@ -177,12 +177,14 @@ def test_relu_inside_cudnn_and_ours_agree(dtype: torch.dtype, groups: int) -> No
 
 def test_library_and_direct_agree() -> None:
     for num_samples, share_input in ((1, False), (4, False), (3, True)):
-        options = samples.options(num_samples=num_samples, share_input=share_input)
+        options = samples.options(
+            num_samples=num_samples, share_input=share_input, activation=samples.SILU
+        )
         by_library = step(problem(), options)
         by_direct = step(problem(), {**options, "algorithm": DIRECT})
         for a, b in zip(by_direct, by_library, strict=True):
             largest = b.float().abs().max()
-            assert float((a.float() - b.float()).abs().max() / largest) < 2.0**-6
+            assert float((a.float() - b.float()).abs().max() / largest) < 2.0**-5
 
 
 def test_deterministic_algorithms_are_allowed() -> None:
