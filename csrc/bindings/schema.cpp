@@ -1,11 +1,11 @@
 // Every operator of the library on one page. The schemas are frozen: later work adds operators, and
-// kernels for more keys and algorithms; it does not change a line that is here. fastbconv/ops.py quotes them, with
-// what each argument means.
+// kernels for more keys and algorithms; it does not change a line that is here. fastbconv/ops.py
+// quotes them, with what each argument means.
 #include <torch/library.h>
 
-TORCH_LIBRARY(fastbconv, m) {
-  m.set_python_module("fastbconv.ops");  // holds the fakes
+namespace {
 
+void define_convolution(torch::Library& m) {
   m.def(
       "bconv2d(Tensor input, Tensor weight_loc, Tensor? weight_rho, Tensor? bias_loc, "
       "Tensor? bias_rho, Tensor seed, Tensor? prior_loc, Tensor? prior_scale, "
@@ -26,7 +26,9 @@ TORCH_LIBRARY(fastbconv, m) {
       "-> (Tensor grad_input, Tensor grad_weight_loc, Tensor grad_weight_rho, "
       "Tensor grad_bias_loc, Tensor grad_bias_rho, Tensor grad_prior_loc, "
       "Tensor grad_prior_scale, Tensor grad_bias_prior_loc, Tensor grad_bias_prior_scale)");
+}
 
+void define_posterior(torch::Library& m) {
   m.def(
       "sample_posterior(Tensor loc, Tensor? rho, Tensor seed, Tensor? prior_loc, "
       "Tensor? prior_scale, *, float[] prior, bool with_kl, float scale_floor, int stream, "
@@ -59,7 +61,9 @@ TORCH_LIBRARY(fastbconv, m) {
       "kl_normal_backward(Tensor grad_kl, Tensor loc, Tensor rho, Tensor? prior_loc, "
       "Tensor? prior_scale, *, float[] prior, float scale_floor, bool[] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+}
 
+void define_noise(torch::Library& m) {
   m.def(
       "standard_normal(Tensor seed, SymInt numel, *, int stream, int sample, int element_offset) "
       "-> Tensor");
@@ -67,4 +71,13 @@ TORCH_LIBRARY(fastbconv, m) {
   m.def("derive_seeds(Tensor seed, int first, int count) -> Tensor");
 
   m.def("philox4x32_10(Tensor counter, Tensor key) -> Tensor");
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fastbconv, m) {
+  m.set_python_module("fastbconv.ops");  // registers the fakes
+  define_convolution(m);
+  define_posterior(m);
+  define_noise(m);
 }

@@ -36,6 +36,7 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: float, what: str) -> N
     assert got.stride() == expected.stride(), what
     if expected.numel() == 0:
         return
+    got, expected = got.detach(), expected.detach()
     largest = expected.double().abs().max().clamp(min=1e-3)
     error = float((got.cpu().double() - expected.double()).abs().max() / largest)
     assert error <= tolerance, f"{what}: {error:.2e}, at most {tolerance:.2e}"
