@@ -93,8 +93,8 @@ Tensors4 forward_cpu(const ConvCall& given, bool keep_weight, bool save_pre_acti
   const auto options = call.input->options();
   if (!save_pre_activation) out.pre_activation = at::empty({0}, options);
   if (!keep_weight) out.weight = at::empty({0}, options);
-  const at::Tensor kl = call.wants_kl() ? scalar_like(*call.weight.loc, out.kl)
-                                        : empty_gradient(*call.weight.loc);
+  const at::Tensor kl =
+      call.wants_kl() ? scalar_like(*call.weight.loc, out.kl) : empty_gradient(*call.weight.loc);
   return {out.output, kl, out.pre_activation, out.weight};
 }
 

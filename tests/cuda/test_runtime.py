@@ -72,7 +72,7 @@ def test_nothing_waits_for_the_device(algorithm: int) -> None:
 def test_a_captured_step_replays_with_fresh_noise(algorithm: int) -> None:
     arguments = problem()
     options = samples.options(algorithm=algorithm, weight_kl=True)
-    seed = arguments[5]
+    seed, one = arguments[5], torch.tensor([1, 0], device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -81,7 +81,7 @@ def test_a_captured_step_replays_with_fresh_noise(algorithm: int) -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        seed.add_(torch.tensor([1, 0], device="cuda"))
+        seed.add_(one)
         results = step(arguments, options)
     outputs = []
     for _ in range(4):
