@@ -34,7 +34,8 @@ namespace fbc::cuda {
 namespace {
 
 constexpr int kGradThreads = 256;
-constexpr int kSumChannels = 32, kSumSegments = kGradThreads / kSumChannels;
+// Few channels to a block, so that few chunks come one after another; 8 floats are one sector.
+constexpr int kSumChannels = 8, kSumSegments = kGradThreads / kSumChannels;
 // Chunks are made so large that a launch has about this many blocks.
 constexpr int64_t kWantedBlocks = 1024;
 

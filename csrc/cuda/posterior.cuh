@@ -36,6 +36,15 @@ struct Table {
   int32_t count;
 };
 
+// Rows of one launch of a list: fewer than kLargeTable where its parameters could not be passed.
+template <typename Entry>
+constexpr int most_rows() {
+  constexpr size_t kOther = 256;  // first_chunk[0], count and what else a kernel gets, at most
+  constexpr size_t kRow = sizeof(TableRow<Entry>) + 2 * sizeof(uint32_t);
+  constexpr size_t kFit = (gpu::kMaxParameters - kOther) / kRow;
+  return kFit < static_cast<size_t>(kLargeTable) ? static_cast<int>(kFit) : kLargeTable;
+}
+
 // ---- host: preparing a row ------------------------------------------------------------------
 
 // Merges neighbouring dimensions that are dense in all tensors; extents of 1 move to the front.

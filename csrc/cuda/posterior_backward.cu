@@ -263,7 +263,7 @@ TableRow<PosteriorGradEntry<T>> prepare_backward(const PosteriorGradEntry<T>& en
 
 template <typename T, int kCapacity>
 int launch_backward(const PosteriorGradEntry<T>* entries, int count, StreamHandle stream) {
-  static_assert(sizeof(GradTable<T, kCapacity>) < 32000, "launch parameters");
+  static_assert(sizeof(GradTable<T, kCapacity>) <= gpu::kMaxParameters, "launch parameters");
   GradTable<T, kCapacity> table = {};
   table.count = count;
   int64_t chunks = 0;
@@ -283,11 +283,12 @@ int launch_backward(const PosteriorGradEntry<T>* entries, int count, StreamHandl
 
 template <typename T>
 int posterior_backward(const PosteriorGradEntry<T>* entries, int count, StreamHandle stream) {
+  constexpr int kRows = most_rows<PosteriorGradEntry<T>>();
   int status = 0;
-  for (int first = 0; first < count && status == 0; first += kLargeTable) {
-    const int left = count - first, some = left < kLargeTable ? left : kLargeTable;
+  for (int first = 0; first < count && status == 0; first += kRows) {
+    const int left = count - first, some = left < kRows ? left : kRows;
     status = some <= kSmallTable ? launch_backward<T, kSmallTable>(entries + first, some, stream)
-                                 : launch_backward<T, kLargeTable>(entries + first, some, stream);
+                                 : launch_backward<T, kRows>(entries + first, some, stream);
   }
   return status;
 }

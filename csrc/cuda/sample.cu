@@ -186,6 +186,7 @@ FBC_DEVICE void sum_slots(const SampleTable<T, kCapacity>& params) {
     if (e.posterior.rho != nullptr) {
       const uint32_t chunks = params.table.first_chunk[i + 1] - params.table.first_chunk[i];
       const T* slots = params.slots + params.slot[i];
+      FBC_UNROLL_BY(8)  // loads under way at once: each is a round trip to L2
       for (uint32_t j = static_cast<uint32_t>(lane); j < chunks; j += 32) {
         sum += static_cast<double>(slots[j]);
       }
@@ -280,7 +281,7 @@ TableRow<SampleEntry<T>> prepare_sample(const SampleEntry<T>& entry) {
 
 template <typename T, int kCapacity>
 int launch_sample(const SampleEntry<T>* entries, int count, void* workspace, StreamHandle stream) {
-  static_assert(sizeof(SampleTable<T, kCapacity>) < 32000, "launch parameters");
+  static_assert(sizeof(SampleTable<T, kCapacity>) <= gpu::kMaxParameters, "launch parameters");
   SampleTable<T, kCapacity> params = {};
   params.table.count = count;
   bool any_kl = false;
@@ -316,10 +317,11 @@ int launch_sample(const SampleEntry<T>* entries, int count, void* workspace, Str
 
 template <typename T>
 size_t sample_workspace(const SampleEntry<T>* entries, int count) {
+  constexpr int kRows = most_rows<SampleEntry<T>>();
   int64_t largest = 0;  // launches of one list follow one another in the same memory
-  for (int first = 0; first < count; first += kLargeTable) {
+  for (int first = 0; first < count; first += kRows) {
     int64_t slots = 0;
-    for (int i = first; i < count && i < first + kLargeTable; ++i) {
+    for (int i = first; i < count && i < first + kRows; ++i) {
       if (has_kl(entries[i])) slots += chunks_of_entry(entries[i]);
     }
     largest = slots > largest ? slots : largest;
@@ -329,12 +331,13 @@ size_t sample_workspace(const SampleEntry<T>* entries, int count) {
 
 template <typename T>
 int sample(const SampleEntry<T>* entries, int count, void* workspace, StreamHandle stream) {
+  constexpr int kRows = most_rows<SampleEntry<T>>();
   int status = 0;
-  for (int first = 0; first < count && status == 0; first += kLargeTable) {
-    const int left = count - first, some = left < kLargeTable ? left : kLargeTable;
+  for (int first = 0; first < count && status == 0; first += kRows) {
+    const int left = count - first, some = left < kRows ? left : kRows;
     status = some <= kSmallTable
                  ? launch_sample<T, kSmallTable>(entries + first, some, workspace, stream)
-                 : launch_sample<T, kLargeTable>(entries + first, some, workspace, stream);
+                 : launch_sample<T, kRows>(entries + first, some, workspace, stream);
   }
   return status;
 }

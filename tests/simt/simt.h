@@ -49,6 +49,7 @@ namespace fbc::gpu {
 
 using simt::here;
 using simt::Site;
+constexpr size_t kMaxParameters = 32764;
 
 // ---- threads ----------------------------------------------------------------------------------
 inline unsigned char* shared() { return simt::block->shared; }
@@ -247,7 +248,7 @@ using Argument = const typename Exactly<T>::type&;
 template <typename... Params>
 int launch_any(bool cooperative, void (*kernel)(Params...), dim3 grid, int threads,
                size_t shared_bytes, Argument<Params>... params) {
-  static_assert((sizeof(Params) + ... + 0) <= 32764, "kernel parameters take at most 32764 bytes");
+  static_assert((sizeof(Params) + ... + 0) <= kMaxParameters, "bytes of kernel parameters");
   const auto call = [&] { kernel(params...); };
   simt::Launch launch;
   launch.grid = grid;
