@@ -16,7 +16,7 @@
 // chunks (mma.cuh) with the columns that begin at its tap:
 //
 //   PixelRow* rows (shared)  <- locate_pixels(), once per tile;  sync()
-//   PixelGather gather(tid, geometry)
+//   PixelGather gather(tid, first column, geometry)
 //   per step: gather.copy(tile, rows, image, geometry); copy_commit(); gather.advance(image,
 //   geometry)
 //
@@ -159,9 +159,9 @@ inline bool wide_gather(int32_t unit) { return unit == 16; }
 template <typename T, bool kWide, int kRows, int kThreads, int kChunks = 4>
 class PixelGather {
  public:
-  // At the first tile of columns; advance() moves on by one.
-  FBC_DEVICE PixelGather(int thread, const ConvGeometry& g)
-      : row_(thread / kPieces), tap_(tap_of(thread % kPieces * kPieceElements, g)) {
+  // At the tile of columns that begins at `first`; advance() moves on by one.
+  FBC_DEVICE PixelGather(int thread, int32_t first, const ConvGeometry& g)
+      : row_(thread / kPieces), tap_(tap_of(first + thread % kPieces * kPieceElements, g)) {
     target_ = tile_offset<T, kChunks>(row_, thread % kPieces * kPieceElements);
   }
   FBC_DEVICE void advance(const ImageView<T>& image, const ConvGeometry& g) {

@@ -24,10 +24,13 @@ constexpr int kRowChunks = kRowBytes / 16;
 template <typename T>
 constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
 
-template <int kPixels_, int kChannels_, int kWarpRows, int kWarpColumns_, int kStages_>
+// kSplits_: its kernels can share a tile's steps among blocks (split_sum.cuh).
+template <int kPixels_, int kChannels_, int kWarpRows, int kWarpColumns_, int kStages_,
+          bool kSplits_ = false>
 struct ConvTile {
   static constexpr int kPixels = kPixels_, kChannels = kChannels_, kStages = kStages_;
   static constexpr int kWarpColumns = kWarpColumns_;
+  static constexpr bool kSplits = kSplits_;
   static constexpr int kWarps = kWarpRows * kWarpColumns, kThreads = 32 * kWarps;
   static constexpr int kBlocks = 512 / kThreads;  // at least so many on a multiprocessor
   static constexpr int kWarpPixels = kPixels / kWarpRows, kWarpChannels = kChannels / kWarpColumns;
@@ -38,10 +41,11 @@ struct ConvTile {
 };
 using LargeTile = ConvTile<128, 128, 2, 4, 4>;
 using TallTile = ConvTile<256, 64, 4, 2, 3>;
-using SmallTile = ConvTile<64, 64, 2, 2, 4>;
+using SmallTile = ConvTile<64, 64, 2, 2, 4, true>;
+using FlatTile = ConvTile<128, 32, 4, 1, 4, true>;
 
 struct TilePosition {
-  int32_t draw, group, channel_tile, pixel_tile;
+  int32_t draw, group, channel_tile, pixel_tile, split;
 };
 // Sums of a block, and what the last block out finds.
 struct BlockScratch {

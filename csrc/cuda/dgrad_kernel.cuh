@@ -20,7 +20,9 @@
 // no output reads: every element is written.
 //
 // A tile belongs to one draw, or with share_input sums over the draws, in order, inside the block:
-// no atomics. Order of a sum: draw, tap, filter; it depends on the shape alone.
+// no atomics. Order of a sum: draw, tap, filter. Where there are few tiles, several blocks share
+// the steps of each, and the last one adds their sums in order (split_sum.cuh). All of it depends
+// on the shape alone.
 //
 // Weights: given in memory, or (kPrivate) sampled by each block one stage ahead, with the bits that
 // sample() writes; nothing of a weight's size is then in memory.
@@ -71,21 +73,21 @@ struct DgradLoader {
   std::conditional_t<kPrivate, SampledWeight<T>, GivenWeight<T, kAligned>> weight;
 
   FBC_DEVICE DgradLoader(const DgradArgs& args, const DgradShared& memory, int32_t in_group,
-                         int32_t first_channel, int32_t first_draw)
+                         int32_t first_channel, int32_t first_draw, int32_t first_step)
       : a(args), shared(memory), group(in_group), channel(first_channel), draw(first_draw) {
-    start_draw();
+    start_draw(first_step);
   }
-  FBC_DEVICE void start_draw() {
-    steps_left = covers(shared.phase.depth, kDepth<T>);
-    grad.start(a, shared, group, draw);
-    weight.start(a, shared, group, channel, draw);
+  FBC_DEVICE void start_draw(int32_t step) {
+    steps_left = covers(shared.phase.depth, kDepth<T>) - step;
+    grad.start(a, shared, group, draw, step * kDepth<T>);
+    weight.start(a, shared, group, channel, draw, step * kDepth<T>);
   }
   FBC_DEVICE void load(unsigned char* stage) {
     grad.load(a, shared, stage);
     weight.load(a, shared, stage);
     if (--steps_left == 0) {
       ++draw;
-      start_draw();
+      start_draw(0);
     } else {
       grad.advance(a, shared);
       weight.advance(a, shared);
@@ -100,15 +102,15 @@ FBC_DEVICE void dgrad_share(const DgradArgs& a, int32_t phase, DgradShared& shar
   shared.row_step = tap_of(WeightRows<T, 4>::kRowStep, shared.phase.taps);
 }
 
-// Block index = (((group * tile_draws + draw) * phases + phase) * pixel_tiles + pixel tile) *
-// channel_tiles + channel tile: neighbours read the same gradient.
+// Block index = ((((split * groups + group) * tile_draws + draw) * phases + phase) * pixel_tiles +
+// pixel tile) * channel_tiles + channel tile: neighbours read the same gradient.
 template <typename T, bool kPrivate, bool kAligned>
 FBC_KERNEL(128, 3)
 void dgrad_kernel(FBC_PARAM DgradArgs a) {
   using Tile = DgradTile;
   DgradShared& shared = *reinterpret_cast<DgradShared*>(gpu::shared());
   const int thread = static_cast<int>(threadIdx.x), warp = thread >> 5, lane = thread & 31;
-  int32_t index = static_cast<int32_t>(blockIdx.x);
+  int32_t index = static_cast<int32_t>(blockIdx.x) % a.tiles;
   const int32_t channel = index % a.channel_tiles * Tile::kChannels;
   index /= a.channel_tiles;
   const int32_t first_pixel = index % a.pixel_tiles * Tile::kPixels;
@@ -122,9 +124,17 @@ void dgrad_kernel(FBC_PARAM DgradArgs a) {
 
   dgrad_locate(a, phase, first_pixel, int64_t{draw} * a.shape.rows, shared.tile);
   gpu::sync();
-  DgradLoader<T, kPrivate, kAligned> loader(a, shared, group, channel, draw);
   const int32_t draws = a.shape.share_input ? a.shape.num_samples : 1;
-  const int32_t steps = a.shape.P > 0 && a.shape.Q > 0 ? draws * loader.steps_left : 0;
+  const int32_t steps_each =
+      a.shape.P > 0 && a.shape.Q > 0 ? covers(phase.depth, kDepth<T>) : 0;  // of a draw
+  StepRange range = {0, draws * steps_each};
+  if (a.sum.splits > 1 && range.end > 0) {
+    range = split_range(range.end, a.sum.splits, static_cast<int32_t>(blockIdx.x) / a.tiles);
+  }
+  const int32_t steps = range.end - range.begin;
+  const int32_t before = range.begin == 0 ? 0 : range.begin / steps_each;  // draws
+  DgradLoader<T, kPrivate, kAligned> loader(a, shared, group, channel, draw + before,
+                                            range.begin - before * steps_each);
   const auto load = [&](int stage, bool any) {
     if (any) loader.load(shared.tile.stage[stage]);
     gpu::copy_commit();
@@ -142,6 +152,14 @@ void dgrad_kernel(FBC_PARAM DgradArgs a) {
   }
   gpu::copy_wait<0>();
   gpu::sync();
+  if (a.sum.splits > 1) {
+    const int32_t block = static_cast<int32_t>(blockIdx.x), split = block / a.tiles;
+    const int32_t pixels = a.shape.rows * phase.h.extent * phase.w.extent - first_pixel;
+    if (!add_splits(acc, a.sum, block - split * a.tiles, split, pixels, a.shape.C - channel,
+                    shared.tile.scratch)) {
+      return;
+    }
+  }
   const OutputView view = {a.grad_input,        nullptr, a.input_stride, nullptr,
                            Activation::kLinear, 0.0f,    a.pack};
   store_tile<T>(acc, shared.tile, view, nullptr, group * a.shape.C + channel,

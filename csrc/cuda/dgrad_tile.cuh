@@ -4,6 +4,7 @@
 
 #include "conv_tile.cuh"
 #include "gather.cuh"
+#include "split_sum.cuh"
 #include "weight_tile.cuh"
 
 namespace fbc::cuda {
@@ -19,7 +20,9 @@ struct DgradArgs {
   int32_t phases_w, phases;            // along w, and all
   int32_t channel_tiles, pixel_tiles;  // of a group, of the largest phase
   int32_t tile_draws;                  // draws with tiles of their own: 1 with share_input
-  int32_t pack;                        // output_pack()
+  int32_t tiles;  // of the launch, with as many blocks each as there are splits
+  SplitSum sum;
+  int32_t pack;  // output_pack()
   bool grad_aligned, weight_aligned;
 };
 
@@ -118,11 +121,13 @@ struct DgradGrad {
   const T* from[kAligned ? kRows : 1];
   uint32_t inside;  // bit i: from[i] is read
 
+  // From row `first` of the reduction on.
   FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group,
-                        int32_t number) {
+                        int32_t number, int32_t first) {
     draw = static_cast<const T*>(a.grad) + int64_t{number} * a.shape.rows * a.grad_stride.n +
            int64_t{group} * a.shape.K;
-    tap = tap_of(static_cast<int>(threadIdx.x) % kRowChunks * kChunkElements<T>, shared.phase.taps);
+    tap = tap_of(first + static_cast<int>(threadIdx.x) % kRowChunks * kChunkElements<T>,
+                 shared.phase.taps);
     aim(a, shared);
   }
   FBC_DEVICE void aim(const DgradArgs& a, const DgradShared& shared) {
@@ -208,14 +213,14 @@ struct GivenWeight {
   int32_t channels;  // from the thread's first on
 
   FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group,
-                        int32_t first_channel, int32_t number) {
+                        int32_t first_channel, int32_t number, int32_t first) {
     const int64_t filters = (int64_t{number} * a.shape.groups + group) * a.shape.K;
     const int32_t channel = first_channel + Rows::channel();
     draw = static_cast<const T*>(a.weight) + filters * a.shape.columns + channel;
     channels = a.shape.C - channel;
     FBC_UNROLL
     for (int i = 0; i < Rows::kRowsEach; ++i) {
-      tap[i] = tap_of(Rows::row(i), shared.phase.taps);
+      tap[i] = tap_of(first + Rows::row(i), shared.phase.taps);
       aim(a, shared, i);
     }
   }
@@ -261,11 +266,11 @@ struct SampledWeight {
   int32_t first_filter, channel, number;
 
   FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group,
-                        int32_t first_channel, int32_t of_draw) {
+                        int32_t first_channel, int32_t of_draw, int32_t first) {
     first_filter = group * a.shape.K;
     channel = first_channel + Rows::channel();
     number = of_draw;
-    tap = tap_of(Rows::row(0), shared.phase.taps);
+    tap = tap_of(first + Rows::row(0), shared.phase.taps);
   }
   FBC_DEVICE void advance(const DgradArgs&, const DgradShared& shared) {
     advance_tap(tap, shared.depth_step, shared.phase.taps);

@@ -19,17 +19,23 @@ constexpr TileExtents kExtentsOf = {Tile::kPixels, Tile::kChannels, Tile::kThrea
 TileExtents extents_of(TileKind tile) {
   return tile == TileKind::kLarge  ? kExtentsOf<LargeTile>
          : tile == TileKind::kTall ? kExtentsOf<TallTile>
+         : tile == TileKind::kFlat ? kExtentsOf<FlatTile>
                                    : kExtentsOf<SmallTile>;
 }
 
 // The largest tile that still fills a GPU; of the two large ones the one that wastes fewer
 // channels. With private sampling one tile's weights should serve as many pixels as there are.
-TileKind choose_tile(const ConvGeometry& g, WeightSource source, bool wide) {
+// Where steps are split there are few tiles, so it is one of those that can.
+TileKind choose_tile(const ConvGeometry& g, WeightSource source, bool wide, int32_t splits) {
   const auto blocks = [&](TileKind tile) {
     const TileExtents e = extents_of(tile);
     return int64_t{1} * g.num_samples * g.groups * covers(g.pixels, e.pixels) *
            covers(g.K, e.channels);
   };
+  if (splits > 1) {
+    const bool flat = source == WeightSource::kPrivate && wide && g.pixels > SmallTile::kPixels;
+    return flat ? TileKind::kFlat : TileKind::kSmall;
+  }
   if (source == WeightSource::kPrivate) {
     constexpr int32_t kCostlyColumns = 128;
     const bool fills = blocks(TileKind::kTall) >= kFill || g.columns > kCostlyColumns;
@@ -47,7 +53,8 @@ FpropPlan plan_fprop(const FpropParams& params, const ConvWeight& weight) {
   FpropPlan plan = {};
   plan.source = weight.source;
   const int32_t unit = gather_unit(params.input, params.input_stride, params.shape, bytes);
-  plan.tile = choose_tile(g, weight.source, wide_gather(unit));
+  plan.splits = fprop_splits(params.shape, kRowBytes / bytes);
+  plan.tile = choose_tile(g, weight.source, wide_gather(unit), plan.splits);
   const TileExtents tile = extents_of(plan.tile);
   const bool samples = weight.source != WeightSource::kGiven;
   const bool cooperates = weight.source == WeightSource::kCooperative;
@@ -57,21 +64,29 @@ FpropPlan plan_fprop(const FpropParams& params, const ConvWeight& weight) {
   if (weight.source == WeightSource::kPrivate && plan.pixel_tiles == 0) {
     plan.pixel_tiles = 1;  // the weight is sampled all the same
   }
-  plan.tiles = g.num_samples * g.groups * plan.pixel_tiles * plan.channel_tiles;
+  const int32_t images = g.num_samples * g.groups;
+  plan.tiles = plan.splits * images * plan.pixel_tiles * plan.channel_tiles;
   plan.strips = covers(g.groups * g.K, tile.threads / kRowChunks);
   const int32_t draw_groups = covers(g.num_samples, kTaskDraws);
   plan.tasks = cooperates ? draw_groups * plan.steps * plan.strips : 0;
-  plan.slots = cooperates ? plan.steps * plan.strips : samples ? g.groups * plan.channel_tiles : 0;
-  const int64_t counters = cooperates ? int64_t{draw_groups} * plan.steps : 0;
-  plan.counters_bytes = samples ? round_up((counters + 1) * 4, 256) : 0;
-  // Room for the shortest strips: the size is a function of the shape, not of the pointers'
-  // alignment, which has a say in the choice of the tile.
+  plan.slots = cooperates ? plan.steps * plan.strips
+               : samples  ? g.groups * plan.channel_tiles * plan.splits
+                          : 0;
+  plan.counters = cooperates ? draw_groups * plan.steps : 0;
+  const int64_t tickets = split_tickets(plan.splits, images, g.pixels, g.K);
+  plan.counters_bytes =
+      samples || tickets > 0 ? round_up((plan.counters + 1 + tickets) * 4, 256) : 0;
+  // Room for the shortest strips and the narrowest tiles: the size is a function of the shape, not
+  // of the pointers' alignment, which has a say in the choice of the tile.
   constexpr int32_t kShortest = SmallTile::kThreads / kRowChunks;
-  const int64_t slots =
-      cooperates ? int64_t{plan.steps} * covers(g.groups * g.K, kShortest) : plan.slots;
+  const int64_t slots = cooperates ? int64_t{plan.steps} * covers(g.groups * g.K, kShortest)
+                        : samples
+                            ? int64_t{g.groups} * covers(g.K, FlatTile::kChannels) * plan.splits
+                            : 0;
   plan.slots_bytes = round_up(slots * 8, 256);
   plan.slabs_bytes =
       cooperates ? int64_t{g.num_samples} * plan.steps * g.groups * g.K * kRowBytes : 0;
+  plan.sums_bytes = split_slab_bytes(plan.splits, images, g.pixels, g.K);
   return plan;
 }
 
@@ -111,6 +126,9 @@ FpropArgs make_args(const FpropParams& params, const ConvWeight& weight, const F
   args.tiles = plan.tiles;
   unsigned char* slots = workspace + plan.counters_bytes;
   unsigned char* slabs = slots + plan.slots_bytes;
+  uint32_t* counters = reinterpret_cast<uint32_t*>(workspace);
+  args.sum = {reinterpret_cast<float*>(slabs + plan.slabs_bytes), counters + 1 + plan.counters,
+              plan.splits};
   const int32_t filters = args.conv.groups * args.conv.K;
   if (weight.source == WeightSource::kGiven) {
     args.weights = given_weights(weight.given, filters, args.conv.columns, bytes);
@@ -118,7 +136,6 @@ FpropArgs make_args(const FpropParams& params, const ConvWeight& weight, const F
   }
   args.weights = slab_weights(slabs, filters, plan.steps);
   args.sampler = weight_sampler(weight, params.shape);
-  uint32_t* counters = reinterpret_cast<uint32_t*>(workspace);
   args.slabs = {slabs, counters + 1, plan.steps, plan.strips, plan.tasks};
   args.kl = {params.kl, reinterpret_cast<double*>(slots), counters, plan.slots};
   args.kept = params.kept_weight;
@@ -129,7 +146,8 @@ FpropArgs make_args(const FpropParams& params, const ConvWeight& weight, const F
 
 size_t fprop_workspace(const FpropParams& params, const ConvWeight& weight) {
   const FpropPlan plan = plan_fprop(params, weight);
-  return static_cast<size_t>(plan.counters_bytes + plan.slots_bytes + plan.slabs_bytes);
+  return static_cast<size_t>(plan.counters_bytes + plan.slots_bytes + plan.slabs_bytes +
+                             plan.sums_bytes);
 }
 
 int fprop(const FpropParams& params, const ConvWeight& weight, void* workspace,

@@ -30,12 +30,14 @@ int launch_private(const FpropArgs& args, StreamHandle stream) {
                      Tile::kThreads, sizeof(ConvShared<Tile>), stream, args);
 }
 
-// plan_fprop() pairs narrow copies with the tall stored tile and the small private one, at most.
+// plan_fprop() pairs narrow copies with the tall stored tile and the small private one, at most,
+// and splits with the small tile and the flat one.
 template <typename T, bool kWide>
 int launch_fprop_as(const FpropArgs& args, const FpropPlan& plan, StreamHandle stream) {
   if (plan.source == WeightSource::kPrivate) {
     if constexpr (kWide) {
       if (plan.tile == TileKind::kTall) return launch_private<T, kWide, TallTile>(args, stream);
+      if (plan.tile == TileKind::kFlat) return launch_private<T, kWide, FlatTile>(args, stream);
     }
     return launch_private<T, kWide, SmallTile>(args, stream);
   }

@@ -1,7 +1,7 @@
 // What the one-pass kernels can compute, and which source of weights suits a shape.
 #include <initializer_list>
 
-#include "kernels.h"
+#include "fprop_args.cuh"
 
 namespace fbc::cuda {
 namespace {
@@ -31,7 +31,6 @@ bool within(int64_t limit, std::initializer_list<int64_t> factors) {
 constexpr int64_t kMultiprocessors = 132;
 constexpr int64_t kStartUpWeights = 7400;   // sampled by one multiprocessor in 3 us
 constexpr int64_t kCachedBytes = 32 << 20;  // of slabs that stay in L2
-constexpr int64_t kTileChannels = 64, kTilePixels = 256;
 
 }  // namespace
 
@@ -68,17 +67,26 @@ const char* one_pass_cannot(const ConvShape& s, Dtype dtype) {
 
 // Weights that one multiprocessor samples, one after another, decides:
 //
-//   private      a tile's (64 filters, fewer if there are fewer) once for each tile it gets
+//   private      a tile's (64 or 32 filters, fewer if there are fewer; of one split, where the
+//   steps
+//                of a tile are split) once for each block it gets
 //   cooperative  its share of all, and a start-up; a third more where the slabs do not stay in L2
 //
+// So a split makes private sampling as good as the cooperative one where one tile has all pixels.
 // A draw per row is private whatever the sum: no memory that grows with rows times weights.
 WeightSource best_source(const ConvShape& s) {
   if (s.num_samples > 1 && s.rows_per_sample() == 1) return WeightSource::kPrivate;
   const int64_t columns = s.R * s.S * s.channels_per_group(), filters = s.filters_per_group();
-  const int64_t tiles = s.num_samples * s.groups * tiles_of(filters, kTileChannels) *
-                        tiles_of(s.rows_per_sample() * s.P * s.Q, kTilePixels);
-  const int64_t of_tile = columns * (filters < kTileChannels ? filters : kTileChannels);
-  const int64_t private_cost = tiles_of(tiles, kMultiprocessors) * of_tile;
+  const int64_t pixels = s.rows_per_sample() * s.P * s.Q;
+  const int64_t splits = fprop_splits(s, kDepth<BFloat16>);
+  const bool flat = splits > 1 && pixels > SmallTile::kPixels;
+  const int64_t tile_channels = flat ? FlatTile::kChannels : TallTile::kChannels;
+  const int64_t tile_pixels = splits > 1 ? FlatTile::kPixels : TallTile::kPixels;
+  const int64_t blocks = splits * s.num_samples * s.groups * tiles_of(filters, tile_channels) *
+                         tiles_of(pixels, tile_pixels);
+  const int64_t of_block =
+      tiles_of(columns, splits) * (filters < tile_channels ? filters : tile_channels);
+  const int64_t private_cost = tiles_of(blocks, kMultiprocessors) * of_block;
   const int64_t weights = s.num_samples * s.K * columns;
   int64_t cooperative_cost = weights / kMultiprocessors;
   if (2 * weights > kCachedBytes) cooperative_cost += cooperative_cost / 3;

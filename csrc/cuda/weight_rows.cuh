@@ -31,19 +31,20 @@ inline StoredWeights slab_weights(const unsigned char* slabs, int64_t filters, i
   return {slabs, steps * slab, slab, kRowBytes, steps * kRowBytes, 16};
 }
 
-// The rows of a weight tile, copied from memory step by step.
+// The rows of a weight tile, copied from memory step by step, from step `first_step` on.
 template <typename Tile>
 class StoredRows {
  public:
-  FBC_DEVICE StoredRows(const StoredWeights& from, const TilePosition& at, const ConvGeometry& g,
-                        int thread) {
+  FBC_DEVICE StoredRows(const StoredWeights& from, const TilePosition& at, int32_t first_step,
+                        const ConvGeometry& g, int thread) {
     const int row = thread / kRowChunks, chunk = thread % kRowChunks;
     const int32_t first = at.channel_tile * Tile::kChannels;
     const int64_t k = int64_t{at.group} * g.K + first + row;
     target_ = Tile::kWeights + chunk_offset<kRowChunks>(row, chunk);
     rows_ = g.K - first - row;
-    left_ = from.bytes - chunk * 16;
-    from_ = from.data + at.draw * from.draw_stride + k * from.row_stride + chunk * 16;
+    left_ = from.bytes - chunk * 16 - first_step * kRowBytes;
+    from_ = from.data + at.draw * from.draw_stride + first_step * from.step_stride +
+            k * from.row_stride + chunk * 16;
   }
   FBC_DEVICE void advance(const StoredWeights& from) {
     from_ += from.step_stride;

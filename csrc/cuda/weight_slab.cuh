@@ -149,22 +149,28 @@ FBC_DEVICE void sample_slabs(const SlabPlan& plan, const WeightSampler& w, int32
   if (kl.out != nullptr) finish_kl<kThreads>(kl, gridDim.x, scratch);
 }
 
-// Slabs are met in rising order, so one number tells which are complete.
+// Slabs are met in rising order, so one number tells which are complete; tiles whose steps are
+// split are met in any order, and each asks for its own.
 struct SlabWatch {
   int32_t ready;  // every slab (of a group of draws) below has been waited for, or is never needed
   int32_t first;  // that of step 0 of the present tile
 
-  FBC_DEVICE void begin_tile(const SlabPlan& plan, int32_t draw) {
+  FBC_DEVICE void begin_tile(const SlabPlan& plan, int32_t draw, bool split) {
     first = draw / kTaskDraws * plan.steps;
+    if (split && plan.tasks > 0) ready = 0;
   }
-  FBC_DEVICE void wait(const SlabPlan& plan, int32_t step) {
+  // A thread for each of the next slabs: asking takes a way to L2 and back, so not at every step.
+  FBC_DEVICE void wait(const SlabPlan& plan, int32_t step, int32_t end) {
+    constexpr int32_t kAtOnce = 16;
     const int32_t slab = first + step;
     if (slab < ready) return;
-    if (threadIdx.x == 0) {
-      gpu::wait_at_least(plan.counters + slab, static_cast<uint32_t>(plan.strips));
+    const int32_t count = end - step < kAtOnce ? end - step : kAtOnce;
+    const int32_t thread = static_cast<int32_t>(threadIdx.x);
+    if (thread < count) {
+      gpu::wait_at_least(plan.counters + slab + thread, static_cast<uint32_t>(plan.strips));
     }
     gpu::sync();
-    ready = slab + 1;
+    ready = slab + count;
   }
 };
 

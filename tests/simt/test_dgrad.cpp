@@ -244,6 +244,42 @@ void check_sources(Suite& suite) {
   });
 }
 
+// Few tiles of many steps: several blocks share those of a tile.
+void check_splits(Suite& suite) {
+  suite.group("steps split among blocks");
+  struct SplitCase {
+    GradientCase shape;
+    int32_t splits, of_float;
+  };
+  const SplitCase cases[] = {
+      {{"18 steps", 2, 24, 4, 4, 64, 3, 3, 1, 1, 1, 1, 1, 1}, 2, 4},
+      {{"27 steps, 2 tiles", 9, 72, 4, 4, 96, 3, 3, 1, 1, 1, 1, 1, 1}, 3, 6},
+      {{"19 steps, odd", 2, 5, 5, 4, 67, 3, 3, 1, 1, 1, 1, 1, 1}, 2, 4},
+      {{"33 steps, 1x1", 1, 17, 2, 2, 1032, 1, 1}, 4, 8},
+      {{"stride 2: phases of 1 to 4 taps", 2, 16, 5, 5, 160, 3, 3, 2, 2, 1, 1, 1, 1}, 2, 5},
+      {{"stride 2, 1x1: unread input", 1, 8, 5, 6, 520, 1, 1, 2, 2}, 2, 4},
+      {{"2 groups, 2 draws", 4, 16, 3, 3, 128, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2}, 2, 4},
+      {{"7 draws share 3 steps", 2, 8, 3, 3, 80, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 7, true}, 2, 4},
+      {{"no output", 2, 8, 2, 5, 64, 3, 3}, 2, 4},
+      {{"15 steps: one split", 2, 8, 3, 3, 480, 1, 1}, 1, 3},
+  };
+  for (size_t i = 0; i < std::size(cases); i += suite.quick ? 4 : 1) {
+    for_each_type([&](auto tag, fbc::Dtype dtype) {
+      using T = typename decltype(tag)::type;
+      if (suite.quick && dtype != fbc::Dtype::kBFloat16) return;
+      const GradientCase& c = cases[i].shape;
+      check_exact<T>(suite, c, {}, dtype);
+      check_sampled<T>(suite, c, {}, dtype);
+      const int32_t want = sizeof(T) == 4 ? cases[i].of_float : cases[i].splits;
+      Problem<T> problem(c, {}, dtype);
+      const int32_t got = fbc::cuda::plan_dgrad(problem.params).splits;
+      suite.expect(got == want, "%s: %d splits, want %d", c.name, got, want);
+      const size_t bytes = fbc::cuda::dgrad_workspace(problem.params, problem.weight);
+      suite.expect((bytes == 0) == (want == 1), "%s: %zu bytes of workspace", c.name, bytes);
+    });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -251,5 +287,6 @@ int main(int argc, char** argv) {
   check_shapes(suite);
   check_layouts(suite);
   check_sources(suite);
+  check_splits(suite);
   return suite.finish();
 }

@@ -64,6 +64,28 @@ std::vector<TileCase> tile_cases() {
   };
 }
 
+// Few tiles of many steps: 32 columns of a 16-bit type each, 16 of float.
+struct SplitCase {
+  GradientCase shape;
+  int32_t splits, of_float;
+  TileKind sampled;
+};
+std::vector<SplitCase> split_cases() {
+  const TileKind flat = TileKind::kFlat, small = TileKind::kSmall;
+  return {
+      {{"18 steps, 32 pixels", 2, 64, 4, 4, 40, 3, 3, 1, 1, 1, 1, 1, 1}, 2, 4, small},
+      {{"27 steps, 80 pixels", 5, 96, 4, 4, 72, 3, 3, 1, 1, 1, 1, 1, 1}, 3, 6, flat},
+      {{"19 steps, narrow", 3, 67, 5, 5, 33, 3, 3, 1, 1, 1, 1, 1, 1}, 2, 4, small},
+      {{"33 steps, 4 pixels", 1, 1032, 2, 2, 17, 1, 1}, 4, 8, small},
+      {{"128 steps, 2 pixels", 2, 4096, 1, 1, 5, 1, 1}, 16, 22, small},
+      {{"129 pixels", 43, 512, 3, 1, 33, 1, 1}, 2, 4, flat},
+      {{"2 groups, 2 draws", 4, 128, 3, 3, 66, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2}, 2, 4, small},
+      {{"6 draws share", 1, 72, 3, 3, 20, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 6, true}, 2, 5, small},
+      {{"a draw per example", 3, 64, 9, 9, 24, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3}, 2, 4, flat},
+      {{"15 steps: one split", 2, 480, 3, 3, 16, 1, 1}, 1, 3, small},
+  };
+}
+
 template <typename T>
 void check_exact(Suite& suite, const GradientCase& c) {
   ForwardLayout layout;
@@ -144,6 +166,77 @@ void check_tile(Suite& suite, const TileCase& c) {
   }
 }
 
+template <typename T>
+void check_split(Suite& suite, const SplitCase& c) {
+  check_exact<T>(suite, c.shape);
+  ForwardLayout layout;
+  layout.kept = true;
+  check_replayed<T>(suite, c.shape, layout);
+  Forward<T> forward(c.shape, layout, true, suite.random);
+  const int32_t want = sizeof(T) == 4 ? c.of_float : c.splits;
+  for (const WeightSource source : kSources) {
+    forward.weight.source = source;
+    const fbc::cuda::FpropPlan plan = fbc::cuda::plan_fprop(forward.params, forward.weight);
+    suite.expect(plan.splits == want, "%s, %s: %d splits, want %d", c.shape.name, name_of(source),
+                 plan.splits, want);
+    const bool tile_matters = source == WeightSource::kPrivate && want > 1;
+    suite.expect(!tile_matters || plan.tile == c.sampled, "%s: tile %d, want %d", c.shape.name,
+                 static_cast<int>(plan.tile), static_cast<int>(c.sampled));
+    const size_t bytes = fbc::cuda::fprop_workspace(forward.params, forward.weight);
+    suite.expect(want > 1 || source != WeightSource::kGiven || bytes == 0,
+                 "%s: %zu bytes of workspace", c.shape.name, bytes);
+    fbc::cuda::FpropParams off = forward.params;
+    off.input = static_cast<const T*>(off.input) + 1;
+    suite.expect(fbc::cuda::fprop_workspace(off, forward.weight) == bytes,
+                 "%s: the workspace depends on the alignment", c.shape.name);
+  }
+}
+
+// A workspace serves again as the launch before has left it: a captured graph does that.
+template <typename T>
+void check_again(Suite& suite, const GradientCase& c) {
+  Forward<T> forward(c, {}, false, suite.random);
+  for (const WeightSource source : kSources) {
+    if (!suite.launched(c.name, forward.run(source))) continue;
+    const fbc::test::Buffer<T> first = forward.output.memory;
+    const auto bytes = fbc::cuda::fprop_workspace(forward.params, forward.weight);
+    auto workspace = fbc::test::poisoned<unsigned char>(static_cast<int64_t>(bytes));
+    for (int i = 0; i < 2; ++i) {
+      fbc::test::poison(forward.output.memory);
+      suite.launched(c.name,
+                     fbc::cuda::fprop(forward.params, forward.weight, workspace.data(), nullptr));
+      suite.same_bits(string(c.name) + ", again, " + name_of(source), forward.output.memory, first);
+    }
+  }
+}
+
+// Every step belongs to one split, in order, and none is much longer than another.
+void check_ranges(Suite& suite) {
+  suite.group("ranges of steps");
+  for (int32_t steps = 1; steps < 200; steps += 7) {
+    for (int32_t splits = 1; splits <= 20; ++splits) {
+      int32_t end = 0;
+      for (int32_t i = 0; i < splits; ++i) {
+        const fbc::cuda::StepRange range = fbc::cuda::split_range(steps, splits, i);
+        const int32_t count = range.end - range.begin;
+        suite.expect(range.begin == end && count >= steps / splits && count <= steps / splits + 1,
+                     "%d steps, split %d of %d: [%d, %d)", steps, i, splits, range.begin,
+                     range.end);
+        end = range.end;
+      }
+      suite.expect(end == steps, "%d steps, %d splits end at %d", steps, splits, end);
+    }
+  }
+  for (const int64_t tiles : {0, 1, 8, 66, 67, 200}) {
+    for (const int64_t steps : {1, 15, 16, 144, 784}) {
+      const int64_t splits = fbc::cuda::split_count(tiles, steps);
+      suite.expect(splits >= 1 && (splits == 1 || (splits * tiles <= 132 && splits * 8 <= steps)),
+                   "%d tiles of %d steps: %d splits", static_cast<int>(tiles),
+                   static_cast<int>(steps), static_cast<int>(splits));
+    }
+  }
+}
+
 // However many blocks are resident, the result has the same bits.
 template <typename T>
 void check_residency(Suite& suite, const GradientCase& c) {
@@ -181,7 +274,19 @@ int main(int argc, char** argv) {
     if (!suite.quick || i == 0) check_tile<fbc::BFloat16>(suite, tiles[i]);
     if (!suite.quick && i < 2) check_tile<float>(suite, tiles[i]);
   }
+  suite.group("steps split among blocks");
+  const std::vector<SplitCase> splits = split_cases();
+  for (size_t i = 0; i < splits.size(); i += suite.quick ? 3 : 1) {
+    check_split<fbc::BFloat16>(suite, splits[i]);
+    if (suite.quick) continue;
+    check_split<fbc::Half>(suite, splits[i]);
+    check_split<float>(suite, splits[i]);
+  }
+  check_again<fbc::BFloat16>(suite, splits[0].shape);
+  check_ranges(suite);
   suite.group("number of resident blocks");
+  check_residency<fbc::BFloat16>(suite, splits[6].shape);
+  if (!suite.quick) check_residency<float>(suite, splits[7].shape);
   check_residency<fbc::BFloat16>(
       suite, {"72 filters", 2, 24, 7, 6, 72, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2});
   check_residency<float>(suite,

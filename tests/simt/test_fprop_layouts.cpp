@@ -33,6 +33,7 @@ std::vector<GradientCase> layout_cases() {
       {"c6 k20, 2 draws", 2, 6, 4, 5, 20, 3, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 2},
       {"2 groups, 3 draws share", 1, 16, 4, 5, 24, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 2, 3, true},
       {"a draw per example, 80 pixels", 3, 16, 8, 10, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3},
+      {"c67 k36, split steps", 4, 67, 5, 4, 36, 3, 3, 1, 1, 1, 1, 1, 1},
   };
 }
 
@@ -169,7 +170,11 @@ void check_choices(Suite& suite) {
                  static_cast<int>(want));
   };
   expect("64>64@32, 128 rows", shape(128, 64, 32, 64, 3, 1), WeightSource::kCooperative);
-  expect("512>512@4, 8 rows", shape(8, 512, 4, 512, 3, 1), WeightSource::kCooperative);
+  expect("512>512@4, 8 rows", shape(8, 512, 4, 512, 3, 1), WeightSource::kPrivate);
+  expect("512>512@4, 4 rows", shape(4, 512, 4, 512, 3, 1), WeightSource::kPrivate);
+  expect("512>512@4, 16 rows", shape(16, 512, 4, 512, 3, 1), WeightSource::kCooperative);
+  expect("256>256@8, 2 rows", shape(2, 256, 8, 256, 3, 1), WeightSource::kPrivate);
+  expect("512>512@7, 8 rows", shape(8, 512, 7, 512, 3, 1), WeightSource::kCooperative);
   expect("1>6@28, 256 rows", shape(256, 1, 28, 6, 5, 1), WeightSource::kPrivate);
   expect("6>16@10, 256 rows", shape(256, 6, 10, 16, 5, 1), WeightSource::kPrivate);
   expect("a draw per example", shape(128, 64, 32, 64, 3, 128), WeightSource::kPrivate);
