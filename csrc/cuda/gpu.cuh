@@ -152,8 +152,7 @@ FBC_DEVICE uint32_t take_ticket(uint32_t* counter) {
   return before;
 }
 
-// ---- host side: 0, or the cudaError_t
-// ------------------------------------------------------------
+// ---- host side: 0, or the cudaError_t -----------------------------------------------------------
 namespace detail {
 template <typename T>
 struct Exactly {

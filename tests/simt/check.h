@@ -33,9 +33,17 @@
 namespace fbc::test {
 
 // ---- memory: as cudaMalloc aligns it, and not a byte longer than asked for (AddressSanitizer sees
-// the first one too many)
-// ---------------------------------------------------------------------------
+// the first one too many) -------------------------------------------------------------------------
 constexpr size_t kAlignment = 256;
+
+#if defined(__CUDACC__)
+// After an error on the device nothing works any more in this process.
+[[noreturn]] inline void give_up(cudaError_t status) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "CUDA error %d: %s\n", static_cast<int>(status), cudaGetErrorString(status));
+  std::exit(1);
+}
+#endif
 
 template <typename T>
 struct DeviceAllocator {
@@ -46,7 +54,7 @@ struct DeviceAllocator {
   T* allocate(size_t count) {
 #if defined(__CUDACC__)
     void* memory = nullptr;
-    if (cudaMallocManaged(&memory, count * sizeof(T)) != cudaSuccess) std::abort();
+    if (const cudaError_t status = cudaMallocManaged(&memory, count * sizeof(T))) give_up(status);
     return static_cast<T*>(memory);
 #else
     return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kAlignment}));
@@ -85,8 +93,7 @@ void poison(Buffer<T>& memory) {
   }
 }
 
-// ---- values
-// ---------------------------------------------------------------------------------------
+// ---- values -------------------------------------------------------------------------------------
 template <typename T>
 double as_double(const T& value) {
   if constexpr (std::is_arithmetic_v<T>) {
@@ -146,8 +153,7 @@ Buffer<T> uniforms(int64_t count, double low, double high, Random& random) {
   return memory;
 }
 
-// ---- the report
-// -----------------------------------------------------------------------------------
+// ---- the report ---------------------------------------------------------------------------------
 class Suite {
  public:
   uint32_t seed = 0;
@@ -196,7 +202,10 @@ class Suite {
 
   bool launched(const char* what, int status) {
 #if defined(__CUDACC__)
-    if (status == 0) status = static_cast<int>(cudaDeviceSynchronize());
+    if (const cudaError_t error = cudaDeviceSynchronize()) {
+      expect(false, "%s: %s", what, cudaGetErrorString(error));
+      give_up(error);
+    }
 #endif
     return expect(status == 0, "%s: launch status %d", what, status);
   }

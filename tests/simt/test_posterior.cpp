@@ -42,7 +42,16 @@ void check_sample(Suite& suite, Subject<T>& subject, Layout out_layout, int64_t 
   for (int64_t s = 0; s < num_samples; ++s)
     for (int64_t e = 0; e < subject.shape.elements(); ++e)
       want(e, s) = test::from_double<Out>(static_cast<double>(subject.weight(e, s)));
-  suite.same_bits(name + " sample", out.memory, want.memory);
+#if defined(__CUDACC__)  // exp and log of double are those of another library there
+  constexpr bool kSameBits = sizeof(T) == 4;
+#else
+  constexpr bool kSameBits = true;
+#endif
+  if (kSameBits) {
+    suite.same_bits(name + " sample", out.memory, want.memory);
+  } else {
+    suite.close(name + " sample", out.memory, want.memory, 1e-14, 1e-14);
+  }
   suite.close(name + " kl", kl, std::vector<double>{subject.kl()}, sizeof(T) == 8 ? 1e-12 : 1e-6);
 }
 
