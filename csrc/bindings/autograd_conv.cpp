@@ -156,8 +156,8 @@ class Bconv2dFunction : public torch::autograd::Function<Bconv2dFunction> {
     ctx->saved_data["doubles"] = pack_doubles(extras.options);
     ctx->saved_data["ints"] = pack_ints(extras.options);
     ctx->set_materialize_grads(false);
-    *extras.pre_activation =
-        extras.save_pre_activation ? pre_activation : pre_activation.new_empty({0});
+    const bool only_saved = needs_pre && !extras.save_pre_activation;
+    *extras.pre_activation = only_saved ? pre_activation.new_empty({0}) : pre_activation;
     *extras.weight = weight;
     return {output, kl};
   }

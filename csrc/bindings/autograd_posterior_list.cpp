@@ -3,6 +3,8 @@
 #include <ATen/ops/clone.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "autograd.h"
 #include "signatures.h"
 
@@ -47,9 +49,9 @@ SampleListResult call_list(at::TensorList tensors, const at::Tensor& seed, const
   c10::List<bool> with_kl;
   for (const int64_t flag : call.with_kl) with_kl.push_back(flag != 0);
   return op.call(at::TensorList(all).slice(0, n), at::TensorList(all).slice(n, n), seed,
-                 optional_list(&all[2 * n], n), optional_list(&all[3 * n], n), call.prior, with_kl,
-                 call.scale_floor, call.stream, call.offset_add, call.element_offset, call.cast,
-                 call.dtype);
+                 optional_list(all.data() + 2 * n, n), optional_list(all.data() + 3 * n, n),
+                 call.prior, with_kl, call.scale_floor, call.stream, call.offset_add,
+                 call.element_offset, call.cast, call.dtype);
 }
 
 // The gradient by the KLs, zero where no KL was asked for; undefined where none was.
@@ -110,9 +112,9 @@ class SampleListFunction : public torch::autograd::Function<SampleListFunction> 
     const variable_list all = spread(at::TensorList(kept).slice(0, tensors), present);
     const auto g = op.call(
         optional_list(grads.data(), n), or_nullopt(grad_kl), at::TensorList(all).slice(0, n),
-        at::TensorList(all).slice(n, n), kept.back(), optional_list(&all[2 * n], n),
-        optional_list(&all[3 * n], n), prior, ctx->saved_data["scale_floor"].toDouble(), stream,
-        ctx->saved_data["offset_add"].toInt(), element_offset, mask);
+        at::TensorList(all).slice(n, n), kept.back(), optional_list(all.data() + 2 * n, n),
+        optional_list(all.data() + 3 * n, n), prior, ctx->saved_data["scale_floor"].toDouble(),
+        stream, ctx->saved_data["offset_add"].toInt(), element_offset, mask);
     for (size_t i = 0, next = 0; i < 4 * n; ++i)
       if (present[i] != 0) out[next++] = if_wanted(mask.get(i), g[i]);
     return out;

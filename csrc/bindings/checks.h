@@ -70,6 +70,14 @@ inline void expect_parameter(const char* name, const at::Tensor& got) {
                    ": expected dtype float32 or float64, got ", got.scalar_type());
 }
 
+// What kernels read through a pointer: everything else would be taken for one of these.
+inline void expect_gradient_dtype(const char* name, const at::Tensor& got) {
+  const at::ScalarType type = got.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, name,
+      ": expected dtype float32, float64, bfloat16 or float16, got ", type);
+}
+
 // A companion of a parameter: same shape, dtype and device.
 inline void expect_like(const char* name, const at::Tensor& like, const at::Tensor* got) {
   if (got == nullptr) return;

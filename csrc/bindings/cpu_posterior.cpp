@@ -145,7 +145,11 @@ Tensors4 sample_posterior_backward_cpu(
   set_noise(&t, seed, stream, offset_add, element_offset);
   const std::vector<int64_t> sizes = sample_sizes(loc, num_samples);
   const at::Tensor* grad = get_if_defined(grad_sample);
-  if (grad != nullptr) expect_shape("grad_sample", sizes, grad->sizes());
+  if (grad != nullptr) {
+    expect_shape("grad_sample", sizes, grad->sizes());
+    expect_device("grad_sample", loc.device(), *grad);
+    expect_gradient_dtype("grad_sample", *grad);
+  }
   if (loc.dim() <= 4) return backward_of_dtype(t, grad, get_if_defined(grad_kl), mask);
   OptionalTensor merged_grad;
   if (grad != nullptr)

@@ -50,7 +50,8 @@ at::Tensor bias_rows(const ConvCall& call, at::ScalarType dtype, bool* drawn) {
   if (!call.has_bias()) return {};
   const ConvShape& s = call.shape;
   if (*drawn) return at::empty({s.num_samples, s.K}, call.bias.loc->options().dtype(dtype));
-  return call.bias.loc->to(dtype).expand({s.num_samples, s.K}).contiguous();
+  const at::Tensor row = in_dtype(*call.bias.loc, dtype).unsqueeze(0);
+  return s.num_samples == 1 ? row.contiguous() : row.expand({s.num_samples, s.K}).contiguous();
 }
 
 at::Tensor empty_weight(const ConvCall& call, int64_t draws, at::MemoryFormat format) {

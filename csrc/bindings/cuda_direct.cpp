@@ -31,7 +31,7 @@ BoundWeight bind_weight(const ConvCall& call, const at::Tensor* kept, const Site
   if (kept != nullptr || !is_sampled(call.weight)) {
     const at::Tensor draws =
         kept != nullptr ? *kept
-                        : call.weight.loc->to(call.compute_dtype)
+                        : in_dtype(*call.weight.loc, call.compute_dtype)
                               .expand({s.num_samples, s.K, s.channels_per_group(), s.R, s.S});
     out.given = draws.permute({0, 1, 3, 4, 2}).contiguous();
     out.weight.source = cuda::WeightSource::kGiven;

@@ -1,5 +1,6 @@
 #include "cuda_fused_relu.h"
 
+#include <atomic>
 #include <limits>
 #include <mutex>
 #include <set>
@@ -51,6 +52,7 @@ Problem describe(const ConvCall& call, const at::Tensor& input) {
 }
 
 struct Refused {
+  std::atomic<bool> any{false};  // almost always false: then nobody describes a problem
   std::mutex mutex;
   std::set<Problem> problems;
 };
@@ -63,8 +65,8 @@ Refused& refused() {
 
 at::Tensor fused_relu(const ConvCall& call, const at::Tensor& input, const at::Tensor& filters,
                       const at::Tensor& bias, std::array<int64_t, 2> padding) {
-  const Problem key = describe(call, input);
-  {
+  if (refused().any.load(std::memory_order_acquire)) {
+    const Problem key = describe(call, input);
     const std::lock_guard<std::mutex> lock(refused().mutex);
     if (refused().problems.count(key) != 0) return {};
   }
@@ -74,9 +76,13 @@ at::Tensor fused_relu(const ConvCall& call, const at::Tensor& input, const at::T
                                       o.groups);
   } catch (const c10::OutOfMemoryError&) {
     throw;
+  } catch (const c10::AcceleratorError&) {
+    throw;  // of CUDA itself, perhaps of an earlier launch: it says nothing about this problem
   } catch (const c10::Error&) {
+    Problem key = describe(call, input);
     const std::lock_guard<std::mutex> lock(refused().mutex);
-    refused().problems.insert(key);
+    refused().problems.insert(std::move(key));
+    refused().any.store(true, std::memory_order_release);
     return {};
   }
 }

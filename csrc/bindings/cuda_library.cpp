@@ -24,7 +24,7 @@ bool pads_first(const ConvShape& s) {
 
 at::Tensor prepare_input(const ConvCall& call) {
   const ConvShape& s = call.shape;
-  const at::Tensor in = call.input->to(convolution_dtype(call.compute_dtype));
+  const at::Tensor in = in_dtype(*call.input, convolution_dtype(call.compute_dtype));
   if (!pads_first(s)) return in;
   return at::constant_pad_nd(in, {s.pad_left, s.pad_right, s.pad_top, s.pad_bottom});
 }
@@ -37,12 +37,12 @@ std::array<int64_t, 2> remaining_padding(const ConvShape& s) {
 // ATen's convolution takes the output's memory format from its weight as well as from its input, so
 // the weight has the format of the input.
 at::Tensor as_filters(const ConvCall& call, const at::Tensor& weight) {
-  return weight.to(convolution_dtype(call.compute_dtype)).contiguous(call.format);
+  return in_dtype(weight, convolution_dtype(call.compute_dtype)).contiguous(call.format);
 }
 
 // (draws, K, C/G, R, S) with one draw where the weight has no noise.
 at::Tensor plain_weight(const ConvCall& call) {
-  return call.weight.loc->to(call.compute_dtype).unsqueeze(0);
+  return in_dtype(*call.weight.loc, call.compute_dtype).unsqueeze(0);
 }
 
 // The draws as filters of one convolution, in the order group, draw, filter of the group:
@@ -143,7 +143,7 @@ void forward_library(const ConvCall& call, Forward* out) {
     }
   }
   out->output = convolve_all(call, input, weight);
-  apply_bias_activation(call, bias.defined() ? bias.to(sums) : bias, out->output,
+  apply_bias_activation(call, bias.defined() ? in_dtype(bias, sums) : bias, out->output,
                         out->pre_activation);
 }
 
@@ -190,7 +190,7 @@ Operands backward_library(const ConvCall& call, const ConvBackward& back) {
   Operands out;
   if (back.wants_input || back.wants_weight) {
     const Mask wanted = {back.wants_input, back.wants_weight, false};
-    const at::Tensor grad = z.grad.to(convolution_dtype(call.compute_dtype));
+    const at::Tensor grad = in_dtype(z.grad, convolution_dtype(call.compute_dtype));
     const at::Tensor input = prepare_input(call), weight = weight_of_backward(call, back);
     if (s.num_samples > 1 && s.share_input) {
       const at::Tensor stacked = by_row_and_group(call, grad).flatten(1, 3);

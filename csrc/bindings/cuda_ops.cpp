@@ -1,7 +1,6 @@
 // bconv2d and bconv2d_backward under the CUDA key: check, allocate, choose a provider, call it.
 #include "device.h"
 
-#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -30,26 +29,30 @@ Algorithm resolve(const ConvCall& call, Direction direction) {
   return choice.algorithm;
 }
 
-at::Tensor empty_scalars(const ConvCall& call, int64_t count) {
+at::Tensor empty_scalars(const ConvCall& call, at::IntArrayRef sizes) {
   const auto options = call.weight.loc->options().dtype(call.parameter_dtype());
-  return at::empty({count}, options.memory_format(at::MemoryFormat::Contiguous));
+  return at::empty(sizes, options.memory_format(at::MemoryFormat::Contiguous));
 }
 
 // The kernels write each KL where it belongs; the sum of two is one small operator more.
 at::Tensor allocate_kl(const ConvCall& call, Forward* out) {
   const bool weight = call.options.weight_kl && device::is_sampled(call.weight);
   const bool bias = call.options.bias_kl && call.has_bias() && device::is_sampled(call.bias);
-  const at::Tensor values = empty_scalars(call, weight + bias);
+  if (weight != bias) {
+    at::Tensor& only = weight ? out->weight_kl : out->bias_kl;
+    only = empty_scalars(call, {});
+    return only;
+  }
+  const at::Tensor values = empty_scalars(call, {weight ? 2 : 0});
   if (weight) out->weight_kl = values.select(0, 0);
-  if (bias) out->bias_kl = values.select(0, weight ? 1 : 0);
+  if (bias) out->bias_kl = values.select(0, 1);
   return values;
 }
 
 at::Tensor total_kl(const ConvCall& call, const at::Tensor& values) {
   if (!call.wants_kl()) return values;  // (0,)
-  if (values.size(0) == 2) return at::add(values.select(0, 0), values.select(0, 1));
-  if (values.size(0) == 1) return values.squeeze(0);
-  return at::zeros({}, values.options());
+  if (values.dim() == 0) return values;
+  return values.size(0) == 2 ? values.sum() : at::zeros({}, values.options());
 }
 
 // No pixel to compute: the KL is what it is, and a weight that was asked for is drawn.
@@ -101,7 +104,7 @@ std::array<at::Tensor, 4> plain_gradients(const PosteriorTensors& t, const at::T
                                           const std::array<bool, 4>& mask) {
   const auto options = t.loc->options().memory_format(at::MemoryFormat::Contiguous);
   const auto nothing = [&] { return at::empty({0}, options.dtype(t.dtype())); };
-  std::array<at::Tensor, 4> out = {at::empty({0}, options), nothing(),
+  std::array<at::Tensor, 4> out = {mask[0] ? at::Tensor() : at::empty({0}, options), nothing(),
                                    mask[2] ? at::zeros_like(*t.prior_loc) : nothing(),
                                    mask[3] ? at::zeros_like(*t.prior_scale) : nothing()};
   if (!mask[0]) return out;
@@ -133,7 +136,8 @@ ParameterGradients parameter_gradients(const ConvCall& call, const Operands& ope
   const std::array<bool, 4> bias_mask = {mask[3], mask[4], mask[7] && call.bias.prior_loc,
                                          mask[8] && call.bias.prior_scale};
   ParameterGradients out;
-  for (at::Tensor& grad : out.bias) grad = empty_scalars(call, 0);  // results share no memory
+  if (!call.has_bias())  // results share no memory
+    for (at::Tensor& grad : out.bias) grad = empty_scalars(call, {0});
   GradientLaunch<T> launch;
   std::vector<std::array<at::Tensor, 4>*> order;
   if (device::is_sampled(call.weight)) {
@@ -159,7 +163,8 @@ Tensors9 backward_cuda(const ConvCall& call, const ConvBackward& back, const at:
                        const std::array<bool, 9>& mask) {
   const device::Guard guard(*call.input);
   const Operands operands = convolution_gradients(call, back);
-  const at::Tensor by_kl = grad_kl == nullptr ? at::Tensor() : grad_kl->to(call.parameter_dtype());
+  const at::Tensor by_kl =
+      grad_kl == nullptr ? at::Tensor() : in_dtype(*grad_kl, call.parameter_dtype());
   const auto [w, b] = call.parameter_dtype() == at::kDouble
                           ? parameter_gradients<double>(call, operands, by_kl, mask)
                           : parameter_gradients<float>(call, operands, by_kl, mask);

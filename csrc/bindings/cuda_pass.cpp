@@ -14,6 +14,17 @@ const int64_t* seed_pointer(const PosteriorTensors& t, std::vector<at::Tensor>* 
   return held->back().const_data_ptr<int64_t>();
 }
 
+// Of one draw among (num_samples, shape of loc).
+WeightStrides strides_of_draw(const at::Tensor& draws, int64_t dim) {
+  return posterior_strides(draws.sizes().slice(1), draws.strides().slice(1), dim);
+}
+
+// A gradient in a dtype that the kernels read beside parameters of `dtype`.
+at::Tensor readable_gradient(const at::Tensor& grad, at::ScalarType dtype) {
+  const bool is_double = grad.scalar_type() == at::kDouble;
+  return is_double == (dtype == at::kDouble) ? grad : grad.to(dtype);
+}
+
 // The gradient of a broadcast prior from its full-size gradient.
 at::Tensor sum_to_prior(const at::Tensor& full, const at::Tensor& prior) {
   if (full.sizes() == prior.sizes()) return full;
@@ -34,7 +45,7 @@ void SampleLaunch<T>::add(const PosteriorTensors& t, const at::Tensor& sample,
     e.sample_dtype = dtype_of(sample.scalar_type());
     e.num_samples = sample.size(0);
     e.sample_sample_stride = sample.stride(0);
-    e.sample_stride = posterior_strides(sample.select(0, 0), t.loc->dim());
+    e.sample_stride = strides_of_draw(sample, t.loc->dim());
   }
   if (kl.defined()) e.kl = kl.mutable_data_ptr<T>();
   entries_.push_back(e);
@@ -58,13 +69,13 @@ void GradientLaunch<T>::add(const PosteriorTensors& t, const SampleGradient& by_
   e.num_samples = e.slabs = 1;
   if (by_sample.grad.defined()) {
     const at::Tensor& grad = by_sample.grad;
-    held_.push_back(t.dtype() == at::kDouble ? grad.to(at::kDouble) : grad);
+    held_.push_back(readable_gradient(grad, t.dtype()));
     const at::Tensor& kept = held_.back();
     e.grad_weight = kept.const_data_ptr();
     e.grad_dtype = dtype_of(kept.scalar_type());
     e.num_samples = kept.size(0);
     e.grad_sample_stride = kept.stride(0);
-    e.grad_stride = posterior_strides(kept.select(0, 0), t.loc->dim());
+    e.grad_stride = strides_of_draw(kept, t.loc->dim());
   } else if (by_sample.slabs.defined()) {
     const at::Tensor& slabs = by_sample.slabs;
     held_.push_back(slabs);

@@ -119,7 +119,7 @@ at::Tensor checked_grad_kl(const at::Tensor* grad_kl, const at::Tensor& loc) {
   if (grad_kl == nullptr || grad_kl->numel() == 0) return {};  // (0,) where no KL was asked for
   expect_shape("grad_kl", {}, grad_kl->sizes());
   expect_device("grad_kl", loc.device(), *grad_kl);
-  return grad_kl->to(loc.scalar_type());
+  return in_dtype(*grad_kl, loc.scalar_type());
 }
 
 // A gradient of merged taps, in the shape of its prior.
@@ -143,6 +143,7 @@ Tensors4 sample_posterior_backward_cuda(
   if (grad != nullptr) {
     expect_shape("grad_sample", sizes, grad->sizes());
     expect_device("grad_sample", loc.device(), *grad);
+    expect_gradient_dtype("grad_sample", *grad);
   }
   if (loc.dim() <= 4) {
     const auto g = gradients({t}, {grad == nullptr ? at::Tensor() : *grad},
@@ -173,7 +174,7 @@ std::vector<at::Tensor> sample_list_backward_cuda(
   const size_t count = list.size();
   const at::Tensor* by_kl = get_if_defined(grad_kl);
   std::vector<at::Tensor> by_sample = checked_list_gradients(list, grad_sample, by_kl);
-  const at::Tensor kl = by_kl == nullptr ? at::Tensor() : by_kl->to(loc[0].scalar_type());
+  const at::Tensor kl = by_kl == nullptr ? at::Tensor() : in_dtype(*by_kl, loc[0].scalar_type());
   std::vector<at::Tensor> kls(count);
   std::vector<std::array<bool, 4>> masks(count);
   for (size_t i = 0; i < count; ++i) {

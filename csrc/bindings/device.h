@@ -78,12 +78,16 @@ inline void check_launch(int status, const Site& site) {
               site.second, ": CUDA error: ", text);
 }
 
-// Scratch memory of one launch, aligned to 256 bytes. An ordinary tensor: a captured graph owns it.
+// Scratch memory of one launch, aligned to 256 bytes; null where none is needed. An ordinary
+// tensor: a captured graph owns it.
 struct Workspace {
-  Workspace(size_t bytes, const at::Tensor& like)
-      : memory(at::empty({static_cast<int64_t>(bytes) + kAlignment},
-                         at::TensorOptions().dtype(at::kByte).device(like.device()))) {}
+  Workspace(size_t bytes, const at::Tensor& like) {
+    if (bytes == 0) return;
+    memory = at::empty({static_cast<int64_t>(bytes) + kAlignment},
+                       at::TensorOptions().dtype(at::kByte).device(like.device()));
+  }
   void* data() const {
+    if (!memory.defined()) return nullptr;
     const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
     return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
   }

@@ -175,8 +175,7 @@ std::vector<at::Tensor> checked_list_gradients(const PosteriorList& list,
     if (grad == nullptr) continue;
     expect_shape("grad_sample", list.loc[i].sizes(), grad->sizes());
     expect_device("grad_sample", list.loc[i].device(), *grad);
-    TORCH_CHECK_TYPE(grad->is_floating_point(),
-                     "grad_sample: expected a floating-point dtype, got ", grad->scalar_type());
+    expect_gradient_dtype("grad_sample", *grad);
     grads[i] = in_entry_shape(*grad, list.entries[i]);
   }
   return grads;

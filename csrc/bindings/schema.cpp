@@ -28,7 +28,7 @@ void define_convolution(torch::Library& m) {
       "Tensor grad_prior_scale, Tensor grad_bias_prior_loc, Tensor grad_bias_prior_scale)");
 }
 
-void define_posterior(torch::Library& m) {
+void define_draws(torch::Library& m) {
   m.def(
       "sample_posterior(Tensor loc, Tensor? rho, Tensor seed, Tensor? prior_loc, "
       "Tensor? prior_scale, *, float[] prior, bool with_kl, float scale_floor, int stream, "
@@ -52,7 +52,9 @@ void define_posterior(torch::Library& m) {
       "Tensor[] rho, Tensor seed, Tensor?[] prior_loc, Tensor?[] prior_scale, *, float[] prior, "
       "float scale_floor, int[] stream, int offset_add, int[] element_offset, bool[] output_mask) "
       "-> Tensor[]");
+}
 
+void define_divergence(torch::Library& m) {
   m.def(
       "kl_normal(Tensor loc, Tensor rho, Tensor? prior_loc, Tensor? prior_scale, *, "
       "float[] prior, float scale_floor) -> Tensor");
@@ -78,6 +80,7 @@ void define_noise(torch::Library& m) {
 TORCH_LIBRARY(fastbconv, m) {
   m.set_python_module("fastbconv.ops");  // registers the fakes
   define_convolution(m);
-  define_posterior(m);
+  define_draws(m);
+  define_divergence(m);
   define_noise(m);
 }

@@ -54,11 +54,12 @@ inline PosteriorExtents posterior_extents(at::IntArrayRef sizes) {
 
 // Strides of `tensor` under that view; a dimension that is broadcast to `dim` dimensions has stride
 // 0.
-inline WeightStrides posterior_strides(const at::Tensor& tensor, int64_t dim) {
+inline WeightStrides posterior_strides(at::IntArrayRef sizes, at::IntArrayRef strides,
+                                       int64_t dim) {
   std::array<int64_t, 4> stride = {0, 0, 0, 0};
-  const int64_t missing = dim - tensor.dim();
-  for (int64_t d = 0; d < tensor.dim(); ++d)
-    if (tensor.size(d) != 1) stride[missing + d] = tensor.stride(d);
+  const size_t missing = static_cast<size_t>(dim) - sizes.size();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1) stride[missing + d] = strides[d];
   switch (dim) {
     case 0: return {0, 0, 0, 0};
     case 1: return {0, 0, 0, stride[0]};
@@ -66,6 +67,14 @@ inline WeightStrides posterior_strides(const at::Tensor& tensor, int64_t dim) {
     case 3: return {stride[0], 0, stride[2], stride[1]};
     default: return {stride[0], stride[2], stride[3], stride[1]};
   }
+}
+inline WeightStrides posterior_strides(const at::Tensor& tensor, int64_t dim) {
+  return posterior_strides(tensor.sizes(), tensor.strides(), dim);
+}
+
+// tensor.to(dtype), without a way through the dispatcher where there is nothing to do.
+inline at::Tensor in_dtype(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
 }
 
 // The (N, H, W, C) strides of a tensor of shape (N, C, H, W).
