@@ -43,7 +43,7 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: float, what: str) -> N
 
 
 def assert_same_draws(got: Tensor, expected: Tensor) -> None:
-    """The same bits; of float64, whose softplus is the C library's, a few units of the last place."""
+    """The same bits; of float64, whose softplus is the C library's, within rounding."""
     if expected.dtype == torch.float64:
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-14, atol=1e-14)
     else:
