@@ -4,8 +4,9 @@
     python tests/simt_gpu.py run FOLDER                        needs a GPU, and no nvcc
     python tests/simt_gpu.py run FOLDER --sanitizer racecheck  the quick subset
 
-So the programs can be compiled on one machine and run on another. They run in the order in which
-each relies on the ones before.
+Where managed memory does not work, FASTBCONV_TEST_MEMORY=pinned keeps the data in the host's. The
+programs can be compiled on one machine and run on another; they run in the order in which each
+relies on the ones before.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -29,53 +28,11 @@
 
 #include "core/types.h"
 #include "cuda/gpu.cuh"
+#include "device_memory.h"
 
 namespace fbc::test {
 
-// ---- memory: as cudaMalloc aligns it, and not a byte longer than asked for (AddressSanitizer sees
-// the first one too many) -------------------------------------------------------------------------
-constexpr size_t kAlignment = 256;
-
-#if defined(__CUDACC__)
-// After an error on the device nothing works any more in this process.
-[[noreturn]] inline void give_up(cudaError_t status) {
-  std::fflush(stdout);
-  std::fprintf(stderr, "CUDA error %d: %s\n", static_cast<int>(status), cudaGetErrorString(status));
-  std::exit(1);
-}
-#endif
-
-template <typename T>
-struct DeviceAllocator {
-  using value_type = T;
-  DeviceAllocator() = default;
-  template <typename U>
-  DeviceAllocator(const DeviceAllocator<U>&) {}
-  T* allocate(size_t count) {
-#if defined(__CUDACC__)
-    void* memory = nullptr;
-    if (const cudaError_t status = cudaMallocManaged(&memory, count * sizeof(T))) give_up(status);
-    return static_cast<T*>(memory);
-#else
-    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kAlignment}));
-#endif
-  }
-  void deallocate(T* memory, size_t) {
-#if defined(__CUDACC__)
-    cudaFree(memory);
-#else
-    ::operator delete(memory, std::align_val_t{kAlignment});
-#endif
-  }
-  template <typename U>
-  bool operator==(const DeviceAllocator<U>&) const {
-    return true;
-  }
-  template <typename U>
-  bool operator!=(const DeviceAllocator<U>&) const {
-    return false;
-  }
-};
+// ---- memory -------------------------------------------------------------------------------------
 template <typename T>
 using Buffer = std::vector<T, DeviceAllocator<T>>;
 
