@@ -26,6 +26,7 @@ def run_pytest(target: Path, limit: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = process.python("-m", "pytest", str(target), "-q", "--maxfail=30")
+        command.append(f"--ignore={TESTS / 'test_native_programs.py'}")  # compiles
         ended = process.run([*command, "-p", "no:cacheprovider", f"--junitxml={report}"], limit)
         if not report.exists():
             raise RuntimeError(f"pytest wrote no report: {ended.text[-3000:]}")
