@@ -61,7 +61,9 @@ template <typename Tile>
 FBC_DEVICE bool add_splits(Accumulators<Tile>& acc, const SplitSum& sum, int32_t tile,
                            int32_t split, int32_t pixels, int32_t channels, BlockScratch& scratch) {
   constexpr int kColumns = 2 * Tile::kN, kProduct = Tile::kThreads * 4;  // floats
-  constexpr int64_t kSlab = int64_t{Tile::kM} * kColumns * kProduct;
+  constexpr int kProducts = Tile::kM * kColumns;
+  constexpr int kAtOnce = kProducts > 8 ? 1 : 2;  // slabs: 16 loads under way
+  constexpr int64_t kSlab = int64_t{kProducts} * kProduct;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const bool inside = warp % Tile::kWarpColumns * Tile::kWarpChannels < channels;
   const int32_t left = inside ? pixels - warp / Tile::kWarpColumns * Tile::kWarpPixels : 0;
@@ -87,20 +89,22 @@ FBC_DEVICE bool add_splits(Accumulators<Tile>& acc, const SplitSum& sum, int32_t
   if (scratch.last == 0) return false;
   acc.clear();
   FBC_ROLLED
-  for (int32_t s = 0; s < sum.splits; ++s, first += kSlab) {
+  for (int32_t s = 0; s < sum.splits; s += kAtOnce, first += kAtOnce * kSlab) {
+    float4 v[kAtOnce][kProducts];
     FBC_UNROLL
-    for (int i = 0; i < Tile::kM; ++i) {
-      FBC_UNROLL
-      for (int j = 0; j < kColumns; ++j) {
-        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (16 * i < left) {
-          v = *reinterpret_cast<const float4*>(first + (i * kColumns + j) * kProduct);
-        }
-        acc.value[i][j][0] += v.x;
-        acc.value[i][j][1] += v.y;
-        acc.value[i][j][2] += v.z;
-        acc.value[i][j][3] += v.w;
+    for (int i = 0; i < kAtOnce * kProducts; ++i) {
+      const int slab = i / kProducts, product = i % kProducts;
+      v[slab][product] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (product / kColumns * 16 < left && s + slab < sum.splits) {
+        v[slab][product] =
+            *reinterpret_cast<const float4*>(first + slab * kSlab + product * kProduct);
       }
+    }
+    FBC_UNROLL
+    for (int i = 0; i < kAtOnce * kProducts; ++i) {
+      const float4& from = v[i / kProducts][i % kProducts];
+      float (&to)[4] = acc.value[i % kProducts / kColumns][i % kColumns];
+      to[0] += from.x, to[1] += from.y, to[2] += from.z, to[3] += from.w;
     }
   }
   return true;

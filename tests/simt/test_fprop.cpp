@@ -278,9 +278,9 @@ int main(int argc, char** argv) {
   const std::vector<SplitCase> splits = split_cases();
   for (size_t i = 0; i < splits.size(); i += suite.quick ? 3 : 1) {
     check_split<fbc::BFloat16>(suite, splits[i]);
-    if (suite.quick) continue;
-    check_split<fbc::Half>(suite, splits[i]);
-    check_split<float>(suite, splits[i]);
+    if (!suite.quick) check_split<fbc::Half>(suite, splits[i]);
+    // Another order of a sum shows itself in float only.
+    if (!suite.quick || i == 3) check_split<float>(suite, splits[i]);
   }
   check_again<fbc::BFloat16>(suite, splits[0].shape);
   check_ranges(suite);
