@@ -11,14 +11,19 @@ there are several groups.
 Note [Rounds]. Layer l draws from derive(seed, l), whichever group it falls into. A seed that
 ``fixed_sample`` or ``grouped(seed=)`` gives stays for the whole block. Otherwise the first call
 draws one, and the next pass over the model another: a round ends when the layer that began it is
-called again and all that was drawn has been used. A layer that runs twice in one round draws for
-itself the second time. So does every layer under torch.compile, torch.func, activation
-checkpointing (which would find the weights used up when it repeats a call) and FSDP2 (whose
-parameters are there only while their layer runs).
+called again, others having run in between. Weights that a round has drawn for layers it did not
+reach (a model that leaves out layers, an exception) are dropped with it. They are dropped as well
+when backward has been at their node, which keeps nothing afterwards, and when their parameters have
+changed. A layer that runs twice in one round draws for itself the second time. So does every layer
+under torch.compile, torch.func, activation checkpointing (which would find the weights used up when
+it repeats a call) and FSDP2 (whose parameters are there only while their layer runs), and one that
+runs on another CUDA stream than the round: nobody has made that stream wait for the draw, and a
+captured graph must not read what was drawn before it.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,6 +90,7 @@ class _Held:
     sampled: Sampled
     given: Tensor | None
     sources: tuple[Tensor | None, ...]
+    versions: tuple[int, ...]
     with_graph: bool
 
     def fit(self, layer: nn.Module, input: Tensor, given: Tensor | None) -> bool:
@@ -92,7 +98,11 @@ class _Held:
         weight = self.sampled.weight
         if weight.dtype != _arguments.compute_dtype(input) or weight.device != input.device:
             return False
+        if weight.is_inference() and torch.is_grad_enabled():
+            return False
         if self.given is not given or not _identical(self.sources, _sources(layer)):
+            return False
+        if self.versions != _versions(self.sources):
             return False
         trained = any(source is not None and source.requires_grad for source in self.sources)
         return self.with_graph or not trained or not torch.is_grad_enabled()
@@ -107,6 +117,11 @@ class _Round:
     held: dict[int, _Held] = field(default_factory=dict)
     seed: Tensor | None = None
     children: dict[torch.device, Sequence[Tensor]] = field(default_factory=dict)
+    streams: dict[torch.device, object] = field(default_factory=dict)
+
+    def ends(self, position: int) -> bool:
+        """Whether a call of this layer begins another pass."""
+        return position == self.opener and (not self.held or len(self.called) > 1)
 
 
 class _Group:
@@ -128,8 +143,11 @@ class _Group:
         if torch._C._are_functorch_transforms_active() or in_checkpoint():
             return seed
         current = self.round
-        if current is None or (position == current.opener and not current.held):
+        if current is None or current.ends(position):
             current = self.round = _Round(position)
+        stream = _stream(input.device)
+        if current.streams.setdefault(input.device, stream) != stream:
+            return seed
         if position in current.called:
             return seed
         if whole and position not in current.held:
@@ -166,7 +184,10 @@ class _Group:
             if members and total > self.max_weights:
                 break
             members.append(member)
-        current.held.update(_drawn(members, _arguments.compute_dtype(input)))
+        drawn, node = _drawn(members, _arguments.compute_dtype(input))
+        current.held.update(drawn)
+        if node is not None:
+            _drop_after_backward(node, current)
 
     def _member(self, current: _Round, position: int, input: Tensor) -> _Member | None:
         """What the group draws for a layer; None where the layer draws for itself."""
@@ -208,16 +229,42 @@ class _Member:
     kind: tuple[Any, ...]
 
 
+def _drop_after_backward(node: torch.autograd.graph.Node, current: _Round) -> None:
+    """What the node has made and nobody used cannot be used any more once it has run."""
+    weak = weakref.ref(current)  # the round holds tensors, they the node, and the node the hook
+
+    def drop(*gradients: object) -> None:
+        alive = weak()
+        if alive is not None:
+            alive.held.clear()
+
+    node.register_hook(drop)
+
+
+def _stream(device: torch.device) -> object:
+    """What the work of this moment is queued on."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
+
+
 def _sources(layer: nn.Module) -> tuple[Tensor | None, ...]:
-    return tuple(layer._parameters.values())
+    return (*layer._parameters.values(), *layer._buffers.values())
+
+
+def _versions(sources: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """They count changes in place. (Those of fused optimisers are not counted: see the rounds.)"""
+    return tuple(s._version for s in sources if s is not None and not s.is_inference())
 
 
 def _identical(left: Sequence[object], right: Sequence[object]) -> bool:
     return len(left) == len(right) and all(map(lambda a, b: a is b, left, right))
 
 
-def _drawn(members: list[_Member], dtype: torch.dtype) -> dict[int, _Held]:
-    """Draws one group: layer position -> weights."""
+def _drawn(
+    members: list[_Member], dtype: torch.dtype
+) -> tuple[dict[int, _Held], torch.autograd.graph.Node | None]:
+    """Draws one group: layer position -> weights, and the node that made them."""
     entries = [entry for member in members for entry in member.entries]
     seeds = torch.stack([member.seed for member in members for _ in member.entries])
     priors = [_call.split_prior(e.prior, e.loc, f"{e.part} prior") for e in entries]
@@ -236,6 +283,7 @@ def _drawn(members: list[_Member], dtype: torch.dtype) -> dict[int, _Held]:
         cast=[entry.part != "bias" for entry in entries],
         dtype=dtype,
     )
+    node = samples[0].grad_fn or kl.grad_fn
     # A frozen layer's convolution then forms no gradient by its weight.
     samples = [
         sample if entry.loc.requires_grad or entry.rho.requires_grad else sample.detach()
@@ -258,6 +306,10 @@ def _drawn(members: list[_Member], dtype: torch.dtype) -> dict[int, _Held]:
             tuple(entries[row].part for row in closed),
         )
         held[member.position] = _Held(
-            sampled, member.given, member.sources, torch.is_grad_enabled()
+            sampled,
+            member.given,
+            member.sources,
+            _versions(member.sources),
+            torch.is_grad_enabled(),
         )
-    return held
+    return held, node

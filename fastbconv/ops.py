@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _fakes, _native, _transforms
+from . import _arguments, _fakes, _native, _transforms
 
 _state: dict[str, bool] = {}
 _LOADING = threading.RLock()
@@ -118,6 +118,8 @@ def bconv2d(
         C/groups, R, S), KRSC memory.
     Differentiable by input, the parameters and the prior tensors, once, in reverse mode.
     """
+    if torch._C._are_functorch_transforms_active():
+        input = input.to(_arguments.compute_dtype(input))  # of autocast: backward gets this one
     tensors = (input, weight_loc, weight_rho, bias_loc, bias_rho, seed)
     tensors += (prior_loc, prior_scale, bias_prior_loc, bias_prior_scale)
     options = {

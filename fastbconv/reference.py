@@ -72,7 +72,7 @@ def sample_posterior(
         _round(_draw(loc, rho, seed, scale_floor, stream, offset_add + s, element_offset), dtype)
         for s in range(num_samples)
     ]
-    total = loc.new_zeros(())
+    total = _no_kl(loc, with_kl)
     if with_kl and rho is not None:
         total = kl_normal(loc, rho, prior_loc, prior_scale, prior=prior, scale_floor=scale_floor)
     return torch.stack(draws).to(loc.dtype if dtype is None else dtype), total
@@ -114,7 +114,7 @@ def sample_posterior_list(
         )
         layout = torch.channels_last if mean.ndim == 4 else torch.contiguous_format
         samples.append(draw[0].contiguous(memory_format=layout))
-        terms.append(kl_term)
+        terms.append(kl_term if with_kl[i] else mean.new_zeros(()))
     return samples, torch.stack(terms)
 
 
@@ -180,7 +180,7 @@ def bconv2d(
         empty = x.new_empty((0,))
         saved = z.to(x.dtype).contiguous(memory_format=layout) if save_pre_activation else empty
         kept = torch.stack(weights).to(x.dtype) if keep_weight else empty
-        total = weight_loc.new_zeros(())
+        total = _no_kl(weight_loc, weight_kl or bias_kl)
         if weight_kl and weight_rho is not None:
             total = total + kl_normal(
                 weight_loc,
@@ -200,6 +200,12 @@ def bconv2d(
                 scale_floor=scale_floor,
             )
     return output, total, saved, kept
+
+
+def _no_kl(parameter: Tensor, wanted: bool) -> Tensor:
+    """The KL of a point mass, or, where none was asked for, a tensor of shape (0,)."""
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return parameter.new_zeros(() if wanted else (0,), dtype=wide)
 
 
 def _draw(

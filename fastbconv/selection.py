@@ -52,7 +52,10 @@ class algorithm:
 
     Raises:
         ValueError: an unknown name.
-        NotImplementedError: "library" under torch.use_deterministic_algorithms(True).
+
+    A call that the kernels cannot serve raises NotImplementedError and says why: on a CPU "library"
+    does so under torch.use_deterministic_algorithms(True), since the bits of its weight gradient
+    depend on the number of threads. On CUDA it is then a deterministic algorithm of cuDNN.
 
     Example:
         >>> with algorithm("reference"):
@@ -62,12 +65,6 @@ class algorithm:
     def __init__(self, name: Algorithm = "auto", *, keep_weight: bool = False) -> None:
         if name not in ALGORITHM_ID:
             raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHM_ID)}, got {name!r}")
-        if name == "library" and torch.are_deterministic_algorithms_enabled():
-            raise NotImplementedError(
-                "algorithm: expected a deterministic one under "
-                "torch.use_deterministic_algorithms(True), got 'library', whose weight gradient "
-                "depends on the number of threads; use 'auto' or 'direct'"
-            )
         self._former = (CHOICE.name, CHOICE.keep_weight)
         CHOICE.name, CHOICE.keep_weight = name, bool(keep_weight)
 

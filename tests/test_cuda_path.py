@@ -46,6 +46,7 @@ SUITES: dict[str, list[tuple[str, str]]] = {
     "test_linear.py": [],
     "test_models.py": [],
     "test_grouped.py": [],
+    "test_grouped_rounds.py": [],
     "test_determinism.py": [NO_WINOGRAD, ("float64-direct", NO_FLOAT64)],
 }
 
@@ -165,6 +166,29 @@ torch.backends.cudnn.allow_tf32 = False
 answers["float32 without tf32"] = rows("float32")
 print(json.dumps(answers))
 """
+
+
+DETERMINISTIC = """
+import sys
+import torch
+from fastbconv import _native
+from pathlib import Path
+_native._state.module = _native._import(Path(sys.argv[1]))
+_native._state.built, _native._state.library = "jit", Path(sys.argv[1])
+_native._state.decided = True
+import fastbconv as fb
+torch.use_deterministic_algorithms(True)
+layer = fb.BayesConv2d(3, 4, 3, bayesian_bias=True)
+with fb.algorithm("library"):
+    layer(torch.randn(2, 3, 6, 6)).sum().backward()
+assert layer.weight_rho.grad.isfinite().all()
+"""
+
+
+def test_deterministic_algorithms_allow_the_library(library: Path) -> None:
+    command = [sys.executable, "-c", DETERMINISTIC, str(library)]
+    run = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_explain_names_the_providers_of_cuda(library: Path) -> None:

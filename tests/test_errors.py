@@ -274,18 +274,6 @@ def test_message(name: str) -> None:
         assert fragment in message, message
 
 
-def test_library_is_refused_under_deterministic_algorithms() -> None:
-    torch.use_deterministic_algorithms(True)
-    try:
-        with pytest.raises(
-            NotImplementedError, match=r"expected a deterministic one.*got 'library'"
-        ):
-            fb.algorithm("library")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert fb.selection.CHOICE.name == "auto"
-
-
 def test_a_generator_under_compile_raises_with_advice() -> None:
     generator = torch.Generator()
 

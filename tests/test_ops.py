@@ -12,7 +12,8 @@ import torch
 from op_samples import ALGORITHMS, LIBRARY, RELU, SILU, options, tensors
 from torch import Tensor
 
-from fastbconv import _fakes, ops
+import fastbconv as fb
+from fastbconv import _fakes, ops, reference
 
 samples.native()
 NAMES = sorted(
@@ -206,6 +207,12 @@ def test_deterministic_algorithms_exclude_the_library() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         assert "library" not in chosen()
+        args = tensors(N=2, C=3)
+        with (
+            fb.algorithm("library"),
+            pytest.raises(NotImplementedError, match="got 'library': deterministic algorithms"),
+        ):
+            fb.functional.bayes_conv2d(args[0], args[1], args[2])
     finally:
         torch.use_deterministic_algorithms(before)
 
@@ -271,6 +278,22 @@ def test_compiled_autograd_traces_backward() -> None:
         assert torch.equal(argument.grad, grad)
 
 
+@pytest.mark.parametrize("backend", [ops, reference])
+def test_no_kl_is_an_empty_tensor(backend: Any) -> None:
+    args, keywords = tensors(grad=False), options(weight_kl=False, bias_kl=False)
+    assert backend.bconv2d(*args, **keywords)[1].shape == (0,)
+    posterior = samples.posterior_list(torch.float32)
+    kl = backend.sample_posterior_list(*posterior[0], **posterior[1])[1]
+    assert kl.shape == (len(posterior[0][0]),)  # zeros among them
+    one = {
+        "prior": (0.0, 1.0), "with_kl": False, "scale_floor": 1e-7, "stream": 0,
+        "num_samples": 1, "offset_add": 0, "element_offset": 0, "dtype": None,
+    }  # fmt: skip
+    assert backend.sample_posterior(*args[1:3], args[5], None, None, **one)[1].shape == (0,)
+    args[2] = args[4] = None  # a point mass, of which a KL is wanted
+    assert backend.bconv2d(*args, **options(weight_kl=True, bias_kl=True))[1].shape == ()
+
+
 # autocast and torch.func
 
 
@@ -323,6 +346,18 @@ def test_vmap_over_seeds_inputs_and_parameters() -> None:
     of_all = torch.func.grad(lambda v: torch.vmap(lambda s: _loss(x, v, rho, s))(seeds).sum())(loc)
     one_by_one = sum(torch.func.grad(_loss, 1)(x, loc, rho, seed) for seed in seeds)
     torch.testing.assert_close(of_all, one_by_one)
+
+
+def test_func_grad_under_autocast() -> None:
+    args, keywords = tensors(N=2, C=3, grad=False), options()
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return ops.bconv2d(x, *args[1:], **keywords)[0].float().square().sum()
+
+    leaf = args[0].clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(args[0]), leaf.grad)
 
 
 def test_functional_call() -> None:

@@ -285,3 +285,33 @@ def test_a_compiled_transform_is_the_transform() -> None:
 
     slope = torch.func.grad(loss)
     torch.testing.assert_close(torch.compile(slope, backend="aot_eager")(loc), slope(loc))
+
+
+def _sample_backward(grad: Tensor) -> tuple[Tensor, ...]:
+    loc = torch.linspace(-1, 1, 12).reshape(4, 3)
+    return torch.ops.fastbconv.sample_posterior_backward(
+        grad, None, loc, loc - 1, torch.tensor([1, 2]), None, None, prior=[0.0, 1.0],
+        scale_floor=EPS64, stream=0, num_samples=1, offset_add=0, element_offset=0,
+        output_mask=[True, True, False, False],
+    )  # fmt: skip
+
+
+def _list_backward(grad: Tensor) -> tuple[Tensor, ...]:
+    loc = torch.linspace(-1, 1, 12).reshape(4, 3)
+    return torch.ops.fastbconv.sample_posterior_list_backward(
+        [grad[0]], None, [loc], [loc - 1], torch.tensor([[1, 2]]), [None], [None],
+        prior=[0.0, 1.0], scale_floor=EPS64, stream=[0], offset_add=0, element_offset=[0],
+        output_mask=[True, True, False, False],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backward", [_sample_backward, _list_backward])
+def test_dtypes_of_the_gradient_by_a_sample(backward: Any) -> None:
+    grad = torch.arange(12.0).reshape(1, 4, 3)  # exact in every dtype
+    expected = backward(grad)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        for got, want in zip(backward(grad.to(dtype)), expected, strict=True):
+            assert torch.equal(got, want)
+    for dtype in (torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=r"grad_sample: expected dtype float32.*got"):
+            backward(grad.to(dtype))
