@@ -20,8 +20,11 @@
 //   fprop_stored    from memory: given, or sampled by all blocks together in a first phase
 //                   (weight_slab.cuh). Persistent: a block takes tiles blockIdx.x, + gridDim.x, ...
 //   fprop_private   each block samples the weights of its tile, one step ahead of the product, half
-//   of
-//                   the warps before and half after their product, so that both units are busy
+//                   of the warps before and half after their product, so that both units are busy
+//
+// Where there are few tiles, several blocks share the steps of each (a tile of the launch is then a
+// split of one), sample only the weights of their own, and the last one adds their sums in order
+// (split_sum.cuh). Nobody waits for another split, so progress is that of weight_slab.cuh.
 //
 // Bounds: pixels beyond the last and columns beyond R * S * C read zeros, channels beyond the
 // group's are not stored. Alignment: gather_unit(), weight_unit, output_pack() say what may be
