@@ -194,6 +194,8 @@ def test_deterministic_algorithms_are_allowed() -> None:
     first, second = step(arguments, options), step(arguments, options)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+    with fb.algorithm("library"):  # refused on a CPU alone
+        fb.functional.bayes_conv2d(*arguments[:3]).sum().backward()
 
 
 @pytest.mark.parametrize("device", range(1, torch.cuda.device_count()))
@@ -238,3 +240,58 @@ def test_grouped_layers_replay_in_a_graph() -> None:
     first = y.clone()
     graph.replay()
     assert not torch.equal(first, y)
+
+
+def grouped_pair() -> tuple[torch.nn.Sequential, Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(fb.BayesConv2d(8, 8, 3), fb.BayesConv2d(8, 8, 3)).cuda()
+    return model, torch.randn(4, 8, 12, 12, device="cuda")
+
+
+def test_a_grouped_layer_on_another_stream_draws_for_itself() -> None:
+    model, x = grouped_pair()
+    side = torch.cuda.Stream()
+    other = x.clone()
+    side.wait_stream(torch.cuda.current_stream())
+    with fb.grouped(model, seed=1), torch.no_grad():
+        model[0](x)  # draws for both, on this stream
+        with torch.cuda.stream(side):
+            got = model[1](other)
+    torch.cuda.synchronize()
+    torch.testing.assert_close(got, model[1](other, seed=fb.noise.derive(1, 1)))
+
+
+def test_a_graph_does_not_read_what_was_drawn_before_it() -> None:
+    model, x = grouped_pair()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad():
+        with torch.cuda.stream(side), fb.grouped(model):
+            model(x)
+        graph = torch.cuda.CUDAGraph()
+        with fb.grouped(model):
+            with torch.cuda.stream(side):
+                model[0](x)  # leaves a weight of the second layer
+            with torch.cuda.graph(graph, stream=side):
+                y = model[1](x)
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    assert not torch.equal(first, y)
+
+
+def test_gradients_of_other_dtypes_are_read_as_what_they_are() -> None:
+    loc, seed = torch.linspace(-1, 1, 12, device="cuda").reshape(4, 3), problem()[5]
+    options = samples.draw_options(num_samples=1)
+    rest = {name: value for name, value in options.items() if name not in ("with_kl", "dtype")}
+
+    def backward(grad: Tensor) -> tuple[Tensor, ...]:
+        op = torch.ops.fastbconv.sample_posterior_backward
+        mask = [True, True, False, False]
+        return op(grad, None, loc, loc - 1, seed, None, None, **rest, output_mask=mask)
+
+    grad = torch.arange(12.0, device="cuda").reshape(1, 4, 3)
+    for got, want in zip(backward(grad.double()), backward(grad), strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(TypeError, match="grad_sample: expected dtype"):
+        backward(grad.to(torch.int8))
