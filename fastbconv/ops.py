@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _arguments, _fakes, _native, _transforms
+from . import _fakes, _native, _transforms
 
 _state: dict[str, bool] = {}
 _LOADING = threading.RLock()
@@ -64,6 +64,15 @@ def _call(name: str, tensors: tuple[Tensor | None, ...], options: dict[str, Any]
     if torch._C._are_functorch_transforms_active():  # a constant to torch.compile
         return _IN_TRANSFORM[name](tensors, options)
     return _op(name)(*tensors, **options)
+
+
+def _autocast(input: Tensor) -> Tensor:
+    """What the operator's autocast kernel makes of its input. An autograd function in Python stands
+    above that kernel, and would give backward an input of another dtype than the gradient."""
+    device = input.device.type
+    if input.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return input
+    return input.to(torch.get_autocast_dtype(device))
 
 
 def bconv2d(
@@ -119,7 +128,7 @@ def bconv2d(
     Differentiable by input, the parameters and the prior tensors, once, in reverse mode.
     """
     if torch._C._are_functorch_transforms_active():
-        input = input.to(_arguments.compute_dtype(input))  # of autocast: backward gets this one
+        input = _autocast(input)
     tensors = (input, weight_loc, weight_rho, bias_loc, bias_rho, seed)
     tensors += (prior_loc, prior_scale, bias_prior_loc, bias_prior_scale)
     options = {
