@@ -23,6 +23,7 @@ captured graph must not read what was drawn before it.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def grouped(
         with installed(layers, [{**own, "group": group} for own in given]):
             yield
     finally:
-        group.round = None  # weights that nobody used
+        group.forget()
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class _Held:
     sampled: Sampled
     given: Tensor | None
     sources: tuple[Tensor | None, ...]
-    versions: tuple[int, ...]
+    versions: tuple[tuple[int, bool], ...]
     with_graph: bool
 
     def fit(self, layer: nn.Module, input: Tensor, given: Tensor | None) -> bool:
@@ -131,7 +132,11 @@ class _Group:
         self.layers = layers
         self.positions = {layer: position for position, layer in enumerate(layers)}
         self.max_weights = max_weights
-        self.round: _Round | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops the weights that nobody used."""
+        self.rounds = threading.local()  # threads pass through the model each by itself
 
     def take(
         self, layer: nn.Module, input: Tensor, seed: Tensor | None, whole: bool
@@ -142,9 +147,9 @@ class _Group:
             return seed
         if torch._C._are_functorch_transforms_active() or in_checkpoint():
             return seed
-        current = self.round
+        current: _Round | None = getattr(self.rounds, "current", None)
         if current is None or current.ends(position):
-            current = self.round = _Round(position)
+            current = self.rounds.current = _Round(position)
         stream = _stream(input.device)
         if current.streams.setdefault(input.device, stream) != stream:
             return seed
@@ -252,9 +257,11 @@ def _sources(layer: nn.Module) -> tuple[Tensor | None, ...]:
     return (*layer._parameters.values(), *layer._buffers.values())
 
 
-def _versions(sources: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """They count changes in place. (Those of fused optimisers are not counted: see the rounds.)"""
-    return tuple(s._version for s in sources if s is not None and not s.is_inference())
+def _versions(sources: Sequence[Tensor | None]) -> tuple[tuple[int, bool], ...]:
+    """How often each was changed in place (fused optimisers do not count), and whether it is
+    trained."""
+    given = (source for source in sources if source is not None)
+    return tuple((0 if s.is_inference() else s._version, s.requires_grad) for s in given)
 
 
 def _identical(left: Sequence[object], right: Sequence[object]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from grouped_cases import (  # noqa: F401  fixtures too
@@ -138,3 +140,34 @@ def test_another_stream_draws_for_itself(passes, monkeypatch) -> None:
         model[4](model[3](got.flatten(1)))
     assert passes == [6]
     assert_same(got, model[1](hidden, seed=noise.derive(1, 1)))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_layer_frozen_or_trained_between_draw_and_call(trained: bool) -> None:
+    model, x = make_model(), make_image()
+    model[1].requires_grad_(not trained)
+    with fb.grouped(model):
+        hidden = model[0](x)
+        model[1].requires_grad_(trained)
+        model[1](hidden).sum().backward()
+    assert all((p.grad is not None) == trained for p in model[1].parameters())
+
+
+def test_threads_pass_each_by_itself() -> None:
+    model, x = Skipping(), torch.eye(4)
+    failures = []
+
+    def train() -> None:
+        try:
+            for _ in range(40):
+                model(x).sum().backward()
+        except RuntimeError as error:
+            failures.append(error)
+
+    with fb.grouped(model):
+        threads = [threading.Thread(target=train) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
