@@ -136,7 +136,7 @@ FBC_DEVICE void sample_slabs(const SlabPlan& plan, const WeightSampler& w, int32
     const bool with_kl = kl.out != nullptr && first == 0;
     double sum = 0.0;
     if (k < w.filters) {
-      unsigned char* row = plan.slabs + step * slab_bytes + k * kRowBytes + chunk * 16;
+      unsigned char* row = plan.slabs + step * slab_bytes + int64_t{k} * kRowBytes + chunk * 16;
       sum = sample_chunk<T>(w, kept, row, plan.steps * slab_bytes, k,
                             step * kDepth<T> + chunk * kChunkElements<T>, first, end, with_kl);
     }
