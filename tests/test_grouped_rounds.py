@@ -171,3 +171,34 @@ def test_threads_pass_each_by_itself() -> None:
         for thread in threads:
             thread.join()
     assert failures == []
+
+
+def test_losses_of_their_own_have_backward_passes_of_their_own() -> None:
+    """Two heads of one group: the second backward comes to a node that has been there before."""
+    torch.manual_seed(0)
+    model, x = nn.ModuleList([fb.BayesLinear(4, 4), fb.BayesLinear(4, 1)]), torch.eye(4)
+
+    def run() -> list[torch.Tensor]:
+        model.zero_grad()
+        with fb.collect_kl(model) as kl:
+            losses = [head(x).square().sum() for head in model]
+        for loss in (*losses, kl.sum()):
+            loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    with fb.fixed_sample(model, 5):
+        alone = run()
+    with fb.grouped(model, seed=5):
+        together = run()
+    for got, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_step_between_the_draw_and_its_backward_is_refused() -> None:
+    model, x = nn.ModuleList([fb.BayesLinear(4, 4), fb.BayesLinear(4, 1)]), torch.eye(4)
+    with fb.grouped(model, seed=5):
+        loss = sum(head(x).square().sum() for head in model)
+    with torch.no_grad():
+        model[0].weight_rho.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified"):
+        loss.backward()
