@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,9 @@ class KlCollector:
 
     terms: dict[int, Tensor] = field(default_factory=dict)
     like: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"KlCollector({len(self.terms)} layers, sum {float(self.sum().detach()):.6g} nats)"
 
     def sum(self) -> Tensor:
         """The plain sum, in nats: a layer that ran twice counts once. 0-dim."""
@@ -134,6 +138,14 @@ class LayerContext:
 
     def record(self, kl: Tensor) -> None:
         """Hands the KL of a forward pass to every collector."""
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and in_checkpoint():
+            warnings.warn(
+                "collect_kl: activation checkpointing with use_reentrant=True runs layers without "
+                "a graph, so this KL has no gradient; use use_reentrant=False, or "
+                "fastbconv.kl_loss(model)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         for collector, position in self.sinks:
             collector.terms[position] = kl
 

@@ -6,6 +6,7 @@ after an exception: they nest, and end in any order.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,11 @@ from .contexts import KlCollector, installed
 
 def bayesian_layers(model: nn.Module) -> list[nn.Module]:
     """The Bayesian layers in the order of ``model.modules()``, each once."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {model!r}; a list of modules becomes one by "
+            "torch.nn.ModuleList, a class by calling it"
+        )
     return [module for module in model.modules() if getattr(module, "is_bayesian", False)]
 
 
@@ -41,6 +47,8 @@ def kl_loss(model: nn.Module, n_data: float | None = None, beta: float = 1.0) ->
         >>> kl_loss(BayesLinear(3, 2), n_data=100).ndim
         0
     """
+    if n_data is not None and not isinstance(n_data, numbers.Real | Tensor):
+        raise TypeError(f"n_data: expected a number of examples, got {n_data!r}")
     if n_data is not None and not n_data > 0:
         raise ValueError(f"n_data: expected a positive number of examples, got {n_data}")
     terms = [layer.kl_loss() for layer in bayesian_layers(model)]
@@ -120,6 +128,10 @@ def collect_kl(model: nn.Module) -> Iterator[KlCollector]:
         ...     loss = model(torch.ones(1, 3)).sum()
         >>> bool(torch.isclose(kl.sum(), kl_loss(model)))
         True
+
+    Warns:
+        RuntimeWarning: a layer ran under ``checkpoint(use_reentrant=True)``, which gives the KL no
+            gradient.
     """
     layers = bayesian_layers(model)
     collector = KlCollector(like=next(iter(model.parameters()), None))

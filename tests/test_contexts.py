@@ -220,3 +220,42 @@ def test_where_checkpointing_is_seen() -> None:
         checkpoint(probe, x, use_reentrant=False).sum().backward()
     assert seen == [True] * len(seen)
     assert len(seen) >= 5
+
+
+@pytest.mark.parametrize("context", [fb.collect_kl, fb.mean_weights, fb.grouped])
+@pytest.mark.parametrize(
+    "wrong", [None, [nn.Linear(2, 2)], nn.Linear], ids=["none", "list", "class"]
+)
+def test_a_context_of_something_else_says_what_it_wants(context, wrong: object) -> None:
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got"), context(wrong):
+        pass
+
+
+def test_kl_loss_says_what_it_wants() -> None:
+    with pytest.raises(TypeError, match="n_data: expected a number of examples, got '5'"):
+        fb.kl_loss(fb.BayesLinear(2, 2), "5")
+
+
+def test_a_generator_of_the_call_comes_before_the_seed_of_a_context() -> None:
+    layer, x = fb.BayesLinear(4, 4), torch.ones(1, 4)
+    alone = layer(x, generator=torch.Generator().manual_seed(3))
+    for context in (fb.fixed_sample(layer, 1), fb.grouped(layer, seed=1)):
+        with context:
+            torch.testing.assert_close(layer(x, generator=torch.Generator().manual_seed(3)), alone)
+
+
+def test_a_reentrant_checkpoint_leaves_the_kl_without_gradient_and_says_so() -> None:
+    layer, x = fb.BayesLinear(4, 4), torch.ones(1, 4, requires_grad=True)
+    with fb.collect_kl(layer) as kl, pytest.warns(RuntimeWarning, match="use_reentrant=False"):
+        checkpoint(layer, x, use_reentrant=True)
+    assert not kl.sum().requires_grad
+    with fb.collect_kl(layer) as kl:
+        checkpoint(layer, x, use_reentrant=False)
+    assert kl.sum().requires_grad
+
+
+def test_a_collector_prints_its_sum() -> None:
+    layer = fb.BayesLinear(4, 4)
+    with fb.collect_kl(layer) as kl:
+        layer(torch.ones(1, 4))
+    assert repr(kl) == f"KlCollector(1 layers, sum {kl.sum().item():.6g} nats)"

@@ -207,7 +207,8 @@ class BayesLayer(nn.Module):
         mean = self._means_by_itself and seed is None
         if context is not None:
             mean = mean or context.mode == "mean"
-            seed, mean = (context.seed, False) if context.mode == "seed" else (seed, mean)
+            if context.mode == "seed" and generator is None:
+                seed, mean = context.seed, False
             grouped = context.group is not None and generator is None and not mean
             if grouped and not torch.compiler.is_compiling():
                 found = context.group.take(self, input, seed, num_samples == 1)
