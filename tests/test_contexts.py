@@ -227,7 +227,7 @@ def test_where_checkpointing_is_seen() -> None:
     "wrong", [None, [nn.Linear(2, 2)], nn.Linear], ids=["none", "list", "class"]
 )
 def test_a_context_of_something_else_says_what_it_wants(context, wrong: object) -> None:
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got"), context(wrong):
+    with pytest.raises(TypeError, match="model: expected a torch"), context(wrong):
         pass
 
 
