@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 import warnings
@@ -67,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         print(_USAGE)
         return 0
-    print(f"command: expected env, train or bench, got {command!r}\n\n{_USAGE}", file=sys.stderr)
+    close = difflib.get_close_matches(command, ("env", "train", "bench"), 1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    print(
+        f"unknown command {command!r}{meant}: expected env, train or bench\n\n{_USAGE}",
+        file=sys.stderr,
+    )
     return 2
 
 

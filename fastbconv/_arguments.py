@@ -17,11 +17,17 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
+def type_name(value: object) -> str:
+    """The type of a refused value; with its module, since NumPy's bool is not Python's."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
 def integer(name: str, value: object, minimum: int) -> int:
     """``value`` as an int of at least ``minimum``; anything with __index__ except bool is one."""
     if type(value) is not int:
         if isinstance(value, (bool, float, str)) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name}: expected an integer, got {type(value).__name__}: {value!r}")
+            raise TypeError(f"{name}: expected an integer, got {type_name(value)}: {value!r}")
         if not isinstance(value, torch.SymInt):
             value = value.__index__()
     if value < minimum:
@@ -47,7 +53,7 @@ def element_offsets(value: object) -> tuple[int, int]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(
             "element_offset: expected a pair of integers (weight, bias), got "
-            f"{type(value).__name__}: {value!r}"
+            f"{type_name(value)}: {value!r}"
         )
     return pair("element_offset", value, 0)
 
@@ -103,7 +109,7 @@ def resolve_padding(
 def tensor(name: str, value: object) -> Tensor:
     """``value`` itself, when it is a floating-point tensor of a supported dtype."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {type_name(value)}")
     if value.dtype not in FLOATING:
         raise TypeError(
             f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}"

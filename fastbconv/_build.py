@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -24,14 +23,8 @@ from typing import Any
 
 MODULE_NAME = "_C"
 STAMP_HEADER = "fbc_build_stamp.h"
-STAMP_PREFIX = "fastbconv-stamp:"
 BACKENDS = ("auto", "native", "reference")
 ISAS = ("baseline", "avx2", "avx512")
-
-_SOURCE_PATTERNS = ("cpu/*.cpp", "bindings/*.cpp")
-_CUDA_SOURCE_PATTERNS = ("cuda/*.cpp", "cuda/*.cu")
-_CUDA_BINDING = "cuda_"  # how the names of the bindings begin that only a CUDA build compiles
-_HASHED_SUFFIXES = {".h", ".inc", ".cpp", ".cu", ".cuh"}
 
 # Contraction stays off and no fast-math flag is ever added: every fused multiply-add is written out
 # in csrc/core, and all instruction sets have to give the same bits. The two relaxations used do not
@@ -61,6 +54,7 @@ def _sibling(name: str) -> ModuleType:
 
 
 cuda = _sibling("_build_cuda")
+native_sources = _sibling("_build_sources")
 
 
 class FastbconvBuildError(RuntimeError):
@@ -164,7 +158,15 @@ class BuildSpec:
     @property
     def stamp(self) -> str:
         """Written into the library, and found there without loading it."""
-        return f"{STAMP_PREFIX}{self.source_hash}:torch={self.torch};"
+        return f"{native_sources.STAMP_PREFIX}{self.source_hash}:torch={self.torch};"
+
+    @property
+    def without_cuda(self) -> str:
+        """What is said when CUDA is left out though torch has it; else nothing."""
+        import torch
+
+        left_out = torch.version.cuda is not None and not self.cuda
+        return f"fastbconv: CUDA is left out: {self.cuda_reason}" if left_out else ""
 
     def write_stamp(self, folder: Path) -> None:
         """Writes the header that only ``bindings/module.cpp`` includes.
@@ -187,6 +189,8 @@ class BuildSpec:
         from torch.utils import cpp_extension
 
         self.write_stamp(stamp_folder)
+        if self.without_cuda:
+            print(self.without_cuda, file=sys.stderr)
         make = cpp_extension.CUDAExtension if self.cuda else cpp_extension.CppExtension
         return make(
             f"fastbconv.{MODULE_NAME}",
@@ -216,48 +220,22 @@ class BuildSpec:
         return folder / f"{MODULE_NAME}.so"
 
 
-def read_stamp(library: Path) -> dict[str, str] | None:
-    """Source hash and torch version inside a library, read without loading it.
-
-    Loading registers the operators, so a library must be known to fit before it is loaded.
-    """
-    pattern = re.compile(STAMP_PREFIX.encode() + rb"([0-9a-f]+):torch=([^;]+);")
-    found = pattern.search(library.read_bytes())
-    return None if found is None else {"source_hash": found[1].decode(), "torch": found[2].decode()}
-
-
-def source_root() -> Path | None:
-    """The csrc folder: beside the package in a checkout, inside it in an installed wheel."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "_csrc", here.parent / "csrc"):
-        if (folder / "bindings").is_dir():
-            return folder
-    return None
-
-
-def source_hash(root: Path) -> str:
-    """Digest of the names and contents of all native sources."""
-    digest = hashlib.sha256()
-    files = (path for path in root.rglob("*") if path.suffix in _HASHED_SUFFIXES)
-    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def build_spec(root: Path | None = None, ahead_of_time: bool = False) -> BuildSpec:
+def build_spec(
+    root: Path | None = None, ahead_of_time: bool = False, *, without_cuda: str = ""
+) -> BuildSpec:
     """Describes the build for the interpreter, torch and compiler at hand.
 
     Args:
         root: The csrc folder; by default the one that belongs to this file.
         ahead_of_time: Whether the library is for other machines too, with other GPUs.
+        without_cuda: Why CUDA is left out whatever there is; empty: it is not.
 
     Raises:
         FastbconvBuildError: The sources or a C++ compiler are missing.
     """
     import torch
 
-    root = root or source_root()
+    root = root or native_sources.find_root()
     if root is None:
         raise FastbconvBuildError("the native sources (csrc) are not beside the package")
     if sys.platform not in ("linux", "darwin"):
@@ -266,16 +244,18 @@ def build_spec(root: Path | None = None, ahead_of_time: bool = False) -> BuildSp
         )
     compiler = compiler_version()
     openmp_compile, openmp_link = _openmp_flags(compiler)
-    toolkit, cuda_reason = cuda.support(root, ahead_of_time)
+    toolkit, cuda_reason = None, without_cuda
+    if not without_cuda:
+        toolkit, cuda_reason = cuda.support(root, ahead_of_time)
     has_cuda = toolkit is not None
     return BuildSpec(
         root=root,
-        sources=_sources(root, has_cuda),
+        sources=native_sources.compiled(root, has_cuda),
         include_dirs=(root, *_pybind11_folders()),
         cxx_flags=_CXX_FLAGS + openmp_compile + (("-DFBC_WITH_CUDA",) if has_cuda else ()),
         nvcc_flags=(*_NVCC_FLAGS, *toolkit.gencode, "-DFBC_WITH_CUDA") if toolkit else (),
         link_flags=openmp_link,
-        source_hash=source_hash(root),
+        source_hash=native_sources.source_hash(root, has_cuda),
         version=_package_version(),
         torch=str(torch.__version__),
         compiler=compiler,
@@ -283,12 +263,6 @@ def build_spec(root: Path | None = None, ahead_of_time: bool = False) -> BuildSp
         cuda_reason=cuda_reason,
         nvcc=f"{toolkit.nvcc} {toolkit.release}" if toolkit else "",
     )
-
-
-def _sources(root: Path, with_cuda: bool) -> tuple[Path, ...]:
-    patterns = _SOURCE_PATTERNS + (_CUDA_SOURCE_PATTERNS if with_cuda else ())
-    found = (path for pattern in patterns for path in sorted(root.glob(pattern)))
-    return tuple(p for p in found if with_cuda or not p.name.startswith(_CUDA_BINDING))
 
 
 def compiler_command() -> str:
@@ -369,8 +343,8 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def _main(root: str, folder: str) -> None:
-    """The builder process: compile and exit. Started by ``_native``, which owns lock and cache."""
+def _main(root: str, folder: str, without_cuda: str = "") -> None:
+    """The builder process: compile and exit. Started by ``_builder``, under lock and cache."""
     import signal
     import threading
 
@@ -384,9 +358,9 @@ def _main(root: str, folder: str) -> None:
     threading.Thread(target=die_with_parent, daemon=True).start()
     status = 1
     try:
-        build_spec(Path(root)).compile(Path(folder))
+        build_spec(Path(root), without_cuda=without_cuda).compile(Path(folder))
         status = 0
-    except (RuntimeError, ImportError) as error:
+    except (RuntimeError, ImportError, OSError) as error:
         print(error, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())

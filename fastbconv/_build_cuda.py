@@ -27,6 +27,7 @@ _NAMED = {
 }
 _ARCHITECTURE = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
 _NVML = "libnvidia-ml.so.1"
+_USUAL_HOME = "/usr/local/cuda"  # where torch looks last
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def support(root: Path, ahead_of_time: bool = False) -> tuple[Toolkit | None, st
         return None, "this version has no CUDA kernels"
     nvcc = find_nvcc()
     if nvcc is None:
-        return None, "nvcc is not on PATH and CUDA_HOME has none"
+        return None, _missing_nvcc()
     release = _answer(nvcc, "--version", r"release (\d+\.\d+)")
     if not release:
         return None, f"{nvcc} --version does not name a release"
@@ -62,26 +63,39 @@ def support(root: Path, ahead_of_time: bool = False) -> tuple[Toolkit | None, st
             f"nvcc {release[0]} and torch's CUDA {torch.version.cuda} have different major versions"
         )
     known = [_version(number) for number in _answer(nvcc, "--list-gpu-arch", r"compute_(\d+)\b")]
-    gencode, problem = architectures(known, ahead_of_time)
+    gencode, problem = architectures(known, ahead_of_time, release[0])
     if not gencode:
         return None, problem
     toolkit = Toolkit(nvcc, release[0], gencode)
     return toolkit, toolkit.describe()
 
 
-def story(root: Path | None, built: bool) -> str:
+def story(root: Path | None, built: bool, prebuilt: bool = True) -> str:
     """Why the library in use has CUDA kernels or has none.
 
     Args:
         root: the csrc folder, None where there is none.
         built: whether it has them.
+        prebuilt: whether it was built ahead of time, else at a first use.
     """
     toolkit, reason = support(root or Path())
     if built == (toolkit is not None):
         return reason
     if built:
-        return "built ahead of time"
-    return f"built ahead of time without CUDA; {reason} is here now: install fastbconv again"
+        return "built ahead of time" if prebuilt else f"compiled earlier; now {reason}"
+    if prebuilt:
+        return f"built ahead of time without CUDA; {reason} is here now: install fastbconv again"
+    return (
+        f"compiled without CUDA; {reason} is here now: start Python again: it will be compiled then"
+    )
+
+
+def _home() -> tuple[str, str]:
+    """The variable that says where CUDA is, and its value; torch looks nowhere else then."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return name, os.environ[name]
+    return "", ""
 
 
 def find_nvcc() -> str | None:
@@ -89,33 +103,48 @@ def find_nvcc() -> str | None:
     given = os.environ.get("PYTORCH_NVCC")
     if given:
         return shutil.which(given.split()[-1])
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    _, home = _home()
     if home:
         return shutil.which("nvcc", path=f"{home}/bin")
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{_USUAL_HOME}/bin")
+
+
+def _missing_nvcc() -> str:
+    """Why :func:`find_nvcc` finds none."""
+    if os.environ.get("PYTORCH_NVCC"):
+        return f"PYTORCH_NVCC={os.environ['PYTORCH_NVCC']} names no program that is there"
+    name, home = _home()
+    if not name:
+        return f"nvcc is neither on PATH nor in {_USUAL_HOME}/bin, and CUDA_HOME is not set"
+    other = shutil.which("nvcc")
+    advice = f" (there is one on PATH: {other}; unset {name} to use it)" if other else ""
+    return f"{name}={home} has no bin/nvcc{advice}"
 
 
 def architectures(
-    known: list[tuple[int, int]], ahead_of_time: bool = False
+    known: list[tuple[int, int]], ahead_of_time: bool = False, release: str = ""
 ) -> tuple[tuple[str, ...], str]:
     """The -gencode flags, or none and the reason.
 
     ``TORCH_CUDA_ARCH_LIST`` decides where it is set, in torch's spelling ("9.0", "8.0;8.6+PTX",
-    "Hopper"). Else the GPUs of this machine do. Without any, a build ahead of time takes the
-    default list, and a build at first use leaves CUDA out: it would be long, and for nobody. What
-    is older than sm_80 has no kernels. For a GPU that nvcc does not know, PTX of an older one is
-    built, which the driver compiles; of the default list it is left out.
+    "Hopper"), and may name only what nvcc knows: a build that must fail is not begun. Else the GPUs
+    of this machine do. Without any, a build ahead of time takes the default list, and a build at
+    first use leaves CUDA out: it would be long, and for nobody. What is older than sm_80 has no
+    kernels. For a GPU that nvcc does not know, PTX of an older one is built, which the driver
+    compiles; of the default list it is left out.
 
     Args:
         known: architectures of this nvcc; empty: unknown, and all are taken.
         ahead_of_time: whether the build is for other machines too.
+        release: of this nvcc, for the message.
     """
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    if wanted and wanted != "native":
-        names = [name for word in re.split(r"[;\s]+", wanted) for name in _NAMED.get(word, (word,))]
-        unknown = [name for name in names if name and not _ARCHITECTURE.fullmatch(name)]
-        if unknown:
-            return (), f"TORCH_CUDA_ARCH_LIST: expected versions like 9.0, got {unknown[0]!r}"
+    words = [word for word in re.split(r"[;\s]+", wanted) if word]
+    if words and words != ["native"]:
+        names = [name for word in words for name in _members(word, known)]
+        problem = _not_built(names, known, release)
+        if problem:
+            return (), f"TORCH_CUDA_ARCH_LIST: {problem}"
         source = f"TORCH_CUDA_ARCH_LIST={wanted}"
     elif capabilities():
         names = [_nearest(found, known) for found in capabilities() if found >= OLDEST]
@@ -130,6 +159,30 @@ def architectures(
     if not flags:
         return (), f"{source} has no architecture of sm_80 or later that nvcc knows"
     return tuple(dict.fromkeys(flags)), ""
+
+
+def _members(word: str, known: list[tuple[int, int]]) -> list[str]:
+    """The architectures of a family that nvcc knows; what is no family, as it is."""
+    family = _NAMED.get(word, ())
+    return [name for name in family if not known or _parsed(name)[0] in known] or [word]
+
+
+def _not_built(names: list[str], known: list[tuple[int, int]], release: str) -> str:
+    """What is wrong with a list of architectures, or nothing."""
+    for name in names:
+        found = _ARCHITECTURE.fullmatch(name) and _parsed(name)[0]
+        if not found or (known and found >= OLDEST and found not in known):
+            usable = [
+                f"{major}.{minor}" for major, minor in sorted(known) if (major, minor) >= OLDEST
+            ]
+            return (
+                f"expected some of {', '.join(usable) or '8.0, 9.0 and so on'} (nvcc {release}), "
+                "separated by ';' or spaces, with '+PTX' behind one for what comes later, "
+                f'got "{name}"'
+            )
+    if all(_parsed(name)[0] < OLDEST for name in names):
+        return f"{' '.join(names)} is too old: sm_{OLDEST[0]}{OLDEST[1]} or later"
+    return ""
 
 
 def _nearest(found: tuple[int, int], known: list[tuple[int, int]]) -> str:

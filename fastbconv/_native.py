@@ -21,9 +21,7 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -33,7 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import _build
+from . import _build, _builder
 from ._build import BuildSpec, FastbconvBuildError, Settings
 
 __all__ = ["FastbconvBuildError", "build_info", "load"]
@@ -53,6 +51,7 @@ class _State:
     built: str = "reference"  # prebuilt, jit, reference
     library: Path | None = None
     attempts: list[str] = field(default_factory=list)
+    cuda_problem: str = ""  # why CUDA did not compile
 
 
 _state = _State()
@@ -122,7 +121,9 @@ def build_info() -> dict[str, Any]:
         info.update(module.build_info())
         info.pop("stamp", None)
         info["cuda"] = bool(info["cuda"])
-        info["cuda_reason"] = _build.cuda.story(_build.source_root(), info["cuda"])
+        info["cuda_reason"] = _state.cuda_problem or _build.cuda.story(
+            _build.native_sources.find_root(), info["cuda"], _state.built == "prebuilt"
+        )
     info.update(
         built=_state.built,
         gpus=[f"sm_{major}{minor}" for major, minor in _build.cuda.capabilities()],
@@ -135,6 +136,10 @@ def build_info() -> dict[str, Any]:
 
 
 def _configure(module: ModuleType, config: Settings) -> None:
+    if _state.cuda_problem:
+        warnings.warn(
+            f"fastbconv has no CUDA kernels: {_state.cuda_problem}", RuntimeWarning, stacklevel=3
+        )
     if config.isa is not None:
         module.limit_isa(config.isa)
     if not config.huge_pages:
@@ -169,7 +174,7 @@ def _find_library(config: Settings) -> None:
         library = None
         try:
             if kind == "prebuilt":
-                library = _prebuilt(spec)
+                library = _prebuilt()
                 if library is None:
                     continue
             elif spec is None:
@@ -177,7 +182,7 @@ def _find_library(config: Settings) -> None:
                 if library is None:
                     raise FastbconvBuildError(problem)
             else:
-                library = ensure_built(spec, config.cache)
+                library = _with_or_without_cuda(spec, config.cache)
             _state.module = _import(library)
         except (FastbconvBuildError, ImportError, OSError) as error:
             said = str(error) if library is None else f"{library} cannot be loaded ({error})"
@@ -193,7 +198,7 @@ def _find_library(config: Settings) -> None:
             return
 
 
-def _prebuilt(spec: BuildSpec | None) -> Path | None:
+def _prebuilt() -> Path | None:
     """The library in the package, if it was built from these sources for this torch."""
     import torch
 
@@ -201,7 +206,7 @@ def _prebuilt(spec: BuildSpec | None) -> Path | None:
     if found is None or found.origin is None:
         return None
     library = Path(found.origin)
-    stamp = _build.read_stamp(library)
+    stamp = _build.native_sources.read_stamp(library)
     if stamp is None:
         raise FastbconvBuildError(f"{library} carries no build stamp")
     if stamp["torch"] != str(torch.__version__):
@@ -209,11 +214,12 @@ def _prebuilt(spec: BuildSpec | None) -> Path | None:
             f"{library} is built for torch {stamp['torch']}, and this is torch "
             f"{torch.__version__}: install fastbconv again"
         )
-    root = _build.source_root()
-    expected = spec.source_hash if spec else root and _build.source_hash(root)
-    if expected is not None and stamp["source_hash"] != expected:
+    root = _build.native_sources.find_root()
+    expected = _build.native_sources.hashes(root) if root else (stamp["source_hash"],)
+    if stamp["source_hash"] not in expected:
         raise FastbconvBuildError(
-            f"{library} is built from other sources ({stamp['source_hash']}, expected {expected})"
+            f"{library} is built from other sources ({stamp['source_hash']}, expected "
+            f"{expected[0]} with CUDA or {expected[1]} without)"
         )
     return library
 
@@ -236,6 +242,32 @@ def _import(library: Path) -> ModuleType:
     sys.modules[_FULL_NAME] = module
     setattr(sys.modules[__package__], _build.MODULE_NAME, module)
     return module
+
+
+def _with_or_without_cuda(spec: BuildSpec, cache: Path) -> Path:
+    """The library of ``spec``, or, where its CUDA part does not compile, the one without; see
+    Note [Failed CUDA builds]."""
+    if not spec.cuda:
+        return ensure_built(spec, cache)
+    said, record = _builder.known_failure(spec, cache), _builder.failure_record(spec, cache)
+    known = said is not None
+    if said is None:
+        try:
+            return ensure_built(spec, cache)
+        except _builder.CompileError as error:
+            said = str(error)
+    problem = (
+        f"with {spec.cuda_reason}, {said}\nThe library is compiled without CUDA instead. CUDA is "
+        "tried again when the sources, nvcc or the variables it reads have changed, and after\n"
+        f"    rm '{record}'"
+    )
+    if f"jit: {problem}" not in _state.attempts:  # this may be the second look into the cache
+        _state.attempts.append(f"jit: {problem}")
+    library = ensure_built(_build.build_spec(spec.root, without_cuda="it does not compile"), cache)
+    if not known:
+        _builder.remember_failure(spec, cache, said)
+    _state.cuda_problem = problem
+    return library
 
 
 def ensure_built(spec: BuildSpec, cache: Path) -> Path:
@@ -264,8 +296,8 @@ def ensure_built(spec: BuildSpec, cache: Path) -> Path:
             raise FastbconvBuildError("filelock is missing: pip install filelock") from error
         with filelock.FileLock(f"{work}.lock"):
             if not record.exists():
-                _compile(spec, work)
-                if _build.source_hash(spec.root) != spec.source_hash:
+                _builder.compile_native(spec, work)
+                if _build.native_sources.source_hash(spec.root, spec.cuda) != spec.source_hash:
                     raise FastbconvBuildError("the sources changed while compiling: start again")
                 _publish(spec, work / library.name, folder)
     except OSError as error:
@@ -292,72 +324,24 @@ def _cached(cache: Path) -> Path | None:
     """A library built earlier that fits, for want of the compiler that would name it."""
     import torch
 
-    root = _build.source_root()
+    root = _build.native_sources.find_root()
     if root is None or not cache.is_dir():
         return None
     _check_owner(cache)
-    wanted = {"source_hash": _build.source_hash(root), "torch": str(torch.__version__)}
-    wanted["platform"] = _build.platform_tag()
+    wanted = {"torch": str(torch.__version__), "platform": _build.platform_tag()}
+    hashes = _build.native_sources.hashes(root)
     for record in cache.glob(f"*/{_RECORD}"):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # not a record
-            if wanted.items() <= json.loads(record.read_text()).items():
+            found = json.loads(record.read_text())
+            if wanted.items() <= found.items() and found.get("source_hash") in hashes:
                 return record.parent / f"{_build.MODULE_NAME}.so"
     return None
-
-
-def _compile(spec: BuildSpec, work: Path) -> None:
-    """Runs the builder in a process group of its own, inside ``work``."""
-    work.mkdir(exist_ok=True)
-    (work / "lock").unlink(missing_ok=True)  # of a killed builder: torch would wait for it for ever
-    environment = dict(os.environ)
-    # ninja is a dependency of ours: its program lies beside the interpreter, on PATH or not.
-    environment["PATH"] = os.pathsep.join(
-        [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]
-    )
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    if shutil.which("ninja", path=environment["PATH"]) is None:
-        raise FastbconvBuildError("ninja is not on PATH: pip install ninja")
-    print("fastbconv: compiling the native library (about a minute, once)", file=sys.stderr)
-    code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, _build.__file__, str(spec.root), str(work)],
-        stdin=subprocess.PIPE,  # never written: its end tells the builder that we are gone
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        cwd=work,
-        env=environment,
-        start_new_session=True,
-    ) as builder:
-        assert builder.stdout is not None
-        try:
-            output = builder.stdout.read()  # until the builder has ended
-        finally:
-            # Whatever ended the wait, nothing may go on writing here once the lock is released.
-            # TERM, not KILL: ninja gives compilers process groups and ends them only when asked.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(builder.pid, signal.SIGTERM)
-            status = builder.wait()
-    if status != 0:
-        log = work / "build.log"
-        log.write_text(output)
-        raise FastbconvBuildError(f"compiling failed ({log}):\n{_essence(output)}")
-
-
-def _essence(output: str) -> str:
-    """The compiler's complaints without its command lines; the end of the output if it has none."""
-    lines = [line for line in output.splitlines() if " -MMD " not in line and line.strip()]
-    complaints = [
-        line for line in lines if "error" in line.lower() and "Error building" not in line
-    ]
-    return "\n".join(f"    {line}" for line in (complaints[:10] or lines[-10:]))
 
 
 def _publish(spec: BuildSpec, built: Path, folder: Path) -> None:
     """Copies the library to its own folder; the record comes last and makes it count."""
     folder.mkdir(exist_ok=True)
-    _replace(folder / built.name, built.read_bytes())
+    _builder.replace(folder / built.name, built.read_bytes())
     record = {
         "source_hash": spec.source_hash,
         "torch": spec.torch,
@@ -367,7 +351,7 @@ def _publish(spec: BuildSpec, built: Path, folder: Path) -> None:
         "cuda": spec.cuda_reason,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    _replace(folder / _RECORD, json.dumps(record, indent=1).encode())
+    _builder.replace(folder / _RECORD, json.dumps(record, indent=1).encode())
     with contextlib.suppress(OSError):  # others may tidy up at the same time
         _evict(folder)
 
@@ -384,13 +368,3 @@ def _evict(kept: Path) -> None:
             (gone / _RECORD).unlink()
     for folder in kept.parent.glob(f"{_EVICTED}*"):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file that is either absent or whole, even after a power cut."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    with open(scratch, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)

@@ -12,6 +12,7 @@ The public ones use the native generator where it is loaded, and return its bits
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
@@ -19,6 +20,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from ._arguments import integer, type_name
 from ._ranks import data_parallel_group as data_parallel_group
 from ._ranks import rank_offset as rank_offset
 
@@ -44,7 +46,7 @@ def stream_id(stream: str | int) -> int:
         if stream not in STREAMS:
             raise ValueError(f"stream: expected one of {sorted(STREAMS)}, got {stream!r}")
         return STREAMS[stream]
-    return int(stream)
+    return integer("stream", stream, 0)
 
 
 def _as_int64(value: int) -> int:
@@ -60,7 +62,7 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) ->
     """The int64 tensor ``(key, offset)`` that the operators take.
 
     Args:
-        seed: an int ``n``, meaning ``(n, 0)``, or an int64 tensor of shape (2,).
+        seed: an int ``n`` (NumPy's too), meaning ``(n, 0)``, or an int64 tensor of shape (2,).
         device: where the tensor is needed; None leaves it where it is.
 
     Returns:
@@ -68,7 +70,8 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) ->
 
     Raises:
         TypeError: ``seed`` is neither an int nor an int64 tensor.
-        ValueError: the shape is not (2,), or the int does not fit into 64 bits.
+        ValueError: the shape is not (2,), the int does not fit into 64 bits, or a tensor on the
+            meta device, which has no values, is to serve another device.
 
     Example:
         >>> seed_tensor(7)
@@ -79,11 +82,14 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) ->
             raise TypeError(f"seed: expected an int64 tensor, got {seed.dtype}")
         if seed.shape != (2,):
             raise ValueError(f"seed: expected shape (2,), got {tuple(seed.shape)}")
-        return seed if device is None or seed.device == torch.device(device) else seed.to(device)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(
-            f"seed: expected an int or an int64 tensor of shape (2,), got {type(seed).__name__}"
-        )
+        if device is None or seed.device == torch.device(device):
+            return seed
+        if seed.device.type == "meta":
+            raise ValueError(
+                f"seed: expected a tensor on {device}, got one on meta, which has no values"
+            )
+        return seed.to(device)
+    seed = _seed_number(seed)
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"seed: expected an integer of at most 64 bits, got {seed}")
     if device is None or torch.device(device).type == "cpu":
@@ -92,6 +98,17 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) ->
     tensor = torch.zeros(2, dtype=torch.int64, device=device)
     tensor[:1].fill_(_as_int64(seed))
     return tensor
+
+
+def _seed_number(seed: object) -> int:
+    """An int seed; anything with __index__ except the bools is one."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return seed
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(
+            f"seed: expected an int or an int64 tensor of shape (2,), got {type_name(seed)}"
+        )
+    return operator.index(seed)
 
 
 def draw_seed(
@@ -128,12 +145,11 @@ def derive(seed: int | Tensor, index: int) -> Tensor:
 
     Raises:
         ValueError: ``index`` is negative.
+        TypeError: ``index`` is no integer.
     """
-    if isinstance(index, int) and index < 0:
-        raise ValueError(f"index: expected a non-negative integer, got {index}")
     parent = seed_tensor(seed)
-    if isinstance(index, int):
-        return derive_range(parent, index, 1)[0]
+    if not isinstance(index, Tensor):
+        return derive_range(parent, integer("index", index, 0), 1)[0]
     block = torch.as_tensor(index, dtype=torch.int64, device=parent.device)
     return _children(parent, block)
 
@@ -302,11 +318,10 @@ def standard_normal(
     Raises:
         ValueError: a negative size or offset, or an unknown stream.
     """
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    shape = tuple(shape) if isinstance(shape, Sequence) else (integer("shape", shape, 0),)
     if any(size < 0 for size in shape):
         raise ValueError(f"shape: expected non-negative sizes, got {shape}")
-    if element_offset < 0:
-        raise ValueError(f"element_offset: expected a non-negative integer, got {element_offset}")
+    element_offset = integer("element_offset", element_offset, 0)
     seed = seed_tensor(seed)
     native = _native_ops(seed.device)
     draw = mirror_standard_normal if native is None else native.standard_normal
@@ -314,7 +329,7 @@ def standard_normal(
         seed,
         math.prod(shape),
         stream=stream_id(stream),
-        sample=_as_int64(sample),
+        sample=_as_int64(operator.index(sample)),
         element_offset=element_offset,
     )
     return flat.reshape(shape)

@@ -6,9 +6,10 @@ of a thread or of Python.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class algorithm:
 
     Raises:
         ValueError: an unknown name.
+        TypeError: keep_weight is no bool.
 
     A call that the kernels cannot serve raises NotImplementedError and says why: on a CPU "library"
     does so under torch.use_deterministic_algorithms(True), since the bits of its weight gradient
@@ -65,8 +67,17 @@ class algorithm:
     def __init__(self, name: Algorithm = "auto", *, keep_weight: bool = False) -> None:
         if name not in ALGORITHM_ID:
             raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHM_ID)}, got {name!r}")
+        if not isinstance(keep_weight, bool):
+            raise TypeError(
+                f"keep_weight: expected True or False, got {_arguments.type_name(keep_weight)}: "
+                f"{keep_weight!r}"
+            )
+        self._name, self._keep_weight = name, keep_weight
         self._former = (CHOICE.name, CHOICE.keep_weight)
-        CHOICE.name, CHOICE.keep_weight = name, bool(keep_weight)
+        CHOICE.name, CHOICE.keep_weight = name, keep_weight
+
+    def __repr__(self) -> str:
+        return f"fastbconv.algorithm({self._name!r}, keep_weight={self._keep_weight})"
 
     def __enter__(self) -> algorithm:
         return self
@@ -90,14 +101,18 @@ def use_native(tensor: Tensor) -> bool:
         return False
     kind = tensor.device.type
     if kind == "cuda" and ops.available() and not ops.cuda():
-        reason = _native.build_info()["cuda_reason"]
-        raise NotImplementedError(
-            f"input: expected a CPU tensor, got one on {tensor.device}: the native library is "
-            f"built without CUDA ({reason}). To have it: a CUDA build of PyTorch, and nvcc of the "
-            "same major version on PATH or under CUDA_HOME; 'python -m fastbconv env' tells what "
-            "was found. fastbconv.algorithm('reference') runs on any device"
-        )
+        raise _no_cuda("input", f"a CPU tensor, got one on {tensor.device}")
     return kind in ("cpu", "cuda", "meta") and ops.available()
+
+
+def _no_cuda(name: str, expected: str) -> NotImplementedError:
+    """What is said to CUDA where the library has no kernels for it: why, and what to do."""
+    return NotImplementedError(
+        f"{name}: expected {expected}: the native library is built without CUDA "
+        f"({_native.build_info()['cuda_reason']}). To have it: a CUDA build of PyTorch, and nvcc "
+        "of the same major version on PATH or under CUDA_HOME; 'python -m fastbconv env' tells "
+        "what was found. fastbconv.algorithm('reference') runs on any device"
+    )
 
 
 @dataclass(frozen=True)
@@ -119,8 +134,22 @@ class Candidate:
     reason: str | None
 
 
+class Candidates(list[Candidate]):
+    """What :func:`explain` returns: a list that prints as a table."""
+
+    def __repr__(self) -> str:
+        def verdict(row: Candidate) -> str:
+            return "chosen" if row.chosen else "available" if row.available else "cannot"
+
+        lines = (
+            f"{row.direction:<6} {row.algorithm:<10} {verdict(row):<10} {row.reason or ''}"
+            for row in self
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
 def explain(
-    input: Tensor,
+    input: Tensor | torch.nn.Module,
     weight: Tensor,
     *,
     stride: IntPair = 1,
@@ -129,7 +158,7 @@ def explain(
     groups: int = 1,
     num_samples: int = 1,
     share_input: bool = False,
-    device: str | None = None,
+    device: torch.device | str | None = None,
 ) -> list[Candidate]:
     """The kernels that could serve a convolution, best first in each direction, with reasons.
 
@@ -146,20 +175,27 @@ def explain(
         groups: see there.
         num_samples: see there.
         share_input: see there.
-        device: "cpu" or "cuda"; None: that of ``input``, where meta stands for the CPU.
+        device: a CPU or CUDA device; None: that of ``input``, where meta stands for the CPU.
+
+    ``explain(layer, input)`` takes weight, stride, padding, dilation and groups from the layer.
 
     Returns:
-        One entry per direction and algorithm; the reference alone without a native library.
+        One entry per direction and algorithm; the reference alone without a native library. The
+        list prints as a table.
 
     Raises:
         ValueError: shapes or values that do not fit.
         TypeError: a type or dtype that does not fit.
+        NotImplementedError: a CUDA device, and a native library without CUDA kernels.
 
     Example:
         >>> rows = explain(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))
         >>> all(row.available for row in rows if row.chosen)
         True
     """
+    if isinstance(input, torch.nn.Module):
+        given = (stride, padding, dilation, groups)
+        input, weight, stride, padding, dilation, groups = _of_layer(input, weight, given)
     input, _ = _arguments.batched_image(input, num_samples)
     _arguments.conv_tensors(input, weight, None, None, None, groups)
     _arguments.dtypes(input, "weight", weight)
@@ -171,13 +207,14 @@ def explain(
     form = _arguments.padding_form(padding)
     pads = _arguments.resolve_padding(form, extent, filter, *steps)
     _arguments.extents(extent, pads, filter, *steps)
+    on = {"device": "cuda"} if _is_cuda(input.device if device is None else device) else {}
     native = _native.load()
     if native is None:
         reason = "there is no native library; see fastbconv.build_info()"
         names = ("fprop", "dgrad", "wgrad")
-        return [Candidate(name, "reference", True, True, reason) for name in names]
-    layout = suggest_memory_format(input)
-    on = {"device": "cuda"} if (device or input.device.type) == "cuda" else {}
+        return Candidates(Candidate(name, "reference", True, True, reason) for name in names)
+    if on and not (ops.cuda() or native.build_info().get("interpreter")):
+        raise _no_cuda("device", "cpu, got cuda")
     rows = native.explain_conv(
         list(input.shape),
         list(weight.shape),
@@ -188,8 +225,41 @@ def explain(
         num_samples=num_samples,
         share_input=share_input,
         dtype=str(input.dtype).removeprefix("torch."),
-        channels_last=layout == torch.channels_last,
+        channels_last=suggest_memory_format(input) == torch.channels_last,
         **on,
     )
     names = ("direction", "algorithm", "available", "chosen", "reason")
-    return [Candidate(*(row[name] for name in names)) for row in rows]
+    return Candidates(Candidate(*(row[name] for name in names)) for row in rows)
+
+
+def _is_cuda(device: torch.device | str) -> bool:
+    """Whether it is a CUDA device; meta stands for the CPU, and there are no others."""
+    kind = None
+    if isinstance(device, (str, torch.device)):
+        with contextlib.suppress(RuntimeError):  # not a device
+            kind = torch.device(device).type
+    if kind not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"device: expected cpu or cuda, got {str(device)!r}")
+    return kind == "cuda"
+
+
+def _of_layer(layer: torch.nn.Module, input: Tensor, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """(input, weight, stride, padding, dilation, groups) of a layer of torch's kind."""
+    if not isinstance(layer, torch.nn.modules.conv._ConvNd):
+        raise TypeError(
+            "input: expected a tensor, or BayesConv2d and its input, got "
+            f"{_arguments.type_name(layer)}; pass explain(input, weight) with the weight as "
+            "(K, C / groups, R, S) and the input as (N, C, H, W)"
+        )
+    if given != (1, 0, 1, 1):
+        raise ValueError(
+            "stride, padding, dilation, groups: expected none beside a layer, which has its own; "
+            f"got {given}"
+        )
+    padding, input = layer.padding, _arguments.tensor("weight", input)
+    if layer.padding_mode != "zeros":  # padded before the convolution
+        form = _arguments.padding_form(padding)
+        extent, filter = tuple(input.shape[-2:]), layer.kernel_size
+        sides = _arguments.resolve_padding(form, extent, filter, layer.stride, layer.dilation)
+        padding, input = 0, torch.nn.functional.pad(input, (*sides[2:], *sides[:2]))
+    return input, layer.weight, layer.stride, padding, layer.dilation, layer.groups

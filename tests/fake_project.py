@@ -34,7 +34,10 @@ static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "", -1, methods};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 """,
 }
-_OURS = ("_build.py", "_build_cuda.py", "_native.py", "_version.py", "__main__.py", "py.typed")
+_OURS = (
+    "_build.py", "_build_cuda.py", "_build_sources.py", "_builder.py", "_native.py",
+    "_version.py", "__main__.py", "py.typed",
+)  # fmt: skip
 
 REPORT = """
 import json, sys

@@ -25,7 +25,9 @@ ALLOWED = {
     "_version": "",
     "_build": "",
     "_build_cuda": "",  # loaded by path, like _build itself
-    "_native": "_build",
+    "_build_sources": "",  # likewise
+    "_builder": "_build",
+    "_native": "_build _builder",
     "_arguments": "",
     "activations": "",
     "contexts": "kl",
@@ -33,9 +35,9 @@ ALLOWED = {
     "kl": "activations",
     "_transforms": "",  # the torch.func path of each operator
     "_fakes": "",  # what each operator returns, uncomputed
-    "ops": "_fakes _native _transforms activations",
+    "ops": "_arguments _fakes _native _transforms activations",
     "_ranks": "",
-    "noise": "_ranks ops",  # the native generator, asked for by name only
+    "noise": "_arguments _ranks ops",  # the native generator, asked for by name only
     "selection": "_arguments _native ops",
     "reference": "noise kl activations",
     "_call": "_arguments activations kl noise ops reference selection",
@@ -122,7 +124,7 @@ def test_python_import_rules(path: Path) -> None:
 
 
 def test_build_description_needs_the_standard_library_only() -> None:
-    for name in ("_build", "_build_cuda", "_version"):
+    for name in ("_build", "_build_cuda", "_build_sources", "_version"):
         tree = ast.parse((PACKAGE / f"{name}.py").read_text())
         for node in tree.body:
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -153,7 +155,7 @@ def includes(path: Path) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("path", native_files(), ids=short)
 def test_native_include_rules(path: Path) -> None:
     tier = path.relative_to(CSRC).parts[0]
-    if path.suffix not in _build._HASHED_SUFFIXES:
+    if path.suffix not in _build.native_sources.SUFFIXES:
         assert path.suffix == ".md", f"{short(path)}: files with this suffix are not shipped"
         return
     for bracket, name in includes(path):
@@ -235,7 +237,7 @@ def ceiling(path: Path) -> int:
 
 @pytest.mark.parametrize(
     "path",
-    [*modules(), *native_files(*_build._HASHED_SUFFIXES), *others()],
+    [*modules(), *native_files(*_build.native_sources.SUFFIXES), *others()],
     ids=short,
 )
 def test_files_stay_under_their_ceiling(path: Path) -> None:

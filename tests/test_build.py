@@ -214,6 +214,11 @@ def test_ahead_of_time_library_is_used_while_it_fits(project, tmp_path: Path) ->
     assert found["built"] == "prebuilt"
     assert not project.cache.exists()
 
+    kernel = project.folder / "fastbconv/_csrc/cuda/kernel.cu"  # nothing to a CPU library
+    kernel.parent.mkdir()
+    kernel.write_text("int gpu() { return 1; }\n")
+    assert report(project.run())["built"] == "prebuilt"
+
     # No compiler is needed for it.
     assert report(project.run(PATH=str(tmp_path), CXX="c++"))["built"] == "prebuilt"
 

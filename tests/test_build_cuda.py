@@ -85,9 +85,23 @@ def test_nvcc_is_the_one_torch_takes(machine, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     assert cuda.find_nvcc() == str(tmp_path / "home/bin/nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))  # torch looks nowhere else then
-    assert cuda.support(machine) == (None, "nvcc is not on PATH and CUDA_HOME has none")
+    nowhere = f"CUDA_HOME={tmp_path}/nowhere has no bin/nvcc"
+    assert cuda.support(machine) == (None, nowhere)
+    with monkeypatch.context() as other:
+        other.setattr(cuda.shutil, "which", lambda name, path=None: None if path else "bin/nvcc")
+        there = "(there is one on PATH: bin/nvcc; unset CUDA_HOME to use it)"
+        assert cuda.support(machine) == (None, f"{nowhere} {there}")
     monkeypatch.setenv("PYTORCH_NVCC", f"ccache {tmp_path}/own/bin/nvcc")
     assert cuda.find_nvcc() == str(tmp_path / "own/bin/nvcc")
+
+
+def test_no_nvcc_anywhere(machine, monkeypatch) -> None:
+    monkeypatch.setattr(cuda.shutil, "which", lambda name, path=None: None)
+    said = "nvcc is neither on PATH nor in /usr/local/cuda/bin, and CUDA_HOME is not set"
+    assert cuda.support(machine) == (None, said)
+    monkeypatch.setenv("PYTORCH_NVCC", "ccache elsewhere/nvcc")
+    said = "PYTORCH_NVCC=ccache elsewhere/nvcc names no program that is there"
+    assert cuda.support(machine) == (None, said)
 
 
 def test_version_without_cuda_kernels(tmp_path: Path) -> None:
@@ -100,6 +114,10 @@ def test_prebuilt_libraries_and_the_cuda_here(machine, tmp_path, monkeypatch) ->
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     assert cuda.story(machine, True) == "nvcc 13.2 for sm_90"
+    assert cuda.story(machine, False, prebuilt=False) == (
+        "compiled without CUDA; nvcc 13.2 for sm_90 is here now: start Python again: it will be "
+        "compiled then"
+    )
     assert cuda.story(machine, False) == (
         "built ahead of time without CUDA; nvcc 13.2 for sm_90 is here now: install fastbconv again"
     )
@@ -114,10 +132,18 @@ def described(
     monkeypatch.setattr(cuda, "capabilities", lambda: tuple(gpus))
     if wanted:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
-    flags, problem = cuda.architectures([cuda._version(str(number)) for number in known], early)
+    flags, problem = cuda.architectures(
+        [cuda._version(str(number)) for number in known], early, "13.0"
+    )
     if not flags:
         return [problem]
     return cuda.Toolkit("nvcc", "13.0", flags).describe().split(" for ")[1].split(", ")
+
+
+EXPECTED = (
+    "TORCH_CUDA_ARCH_LIST: expected some of 8.0, 8.6, 8.9, 9.0, 10.0, 10.3, 12.0 (nvcc 13.0), "
+    "separated by ';' or spaces, with '+PTX' behind one for what comes later, got "
+)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +160,12 @@ def described(
         ("8.0;8.6 9.0a+PTX", [], ["sm_80", "sm_86", "sm_90a", "PTX 90a"]),
         ("7.5;8.0+PTX", [], ["sm_80", "PTX 80"]),
         ("Hopper", [], ["sm_90", "PTX 90"]),
-        ("7.5", [], ["TORCH_CUDA_ARCH_LIST=7.5 has no architecture of sm_80 or later that nvcc "
-                     "knows"]),
-        ("Volt", [], ["TORCH_CUDA_ARCH_LIST: expected versions like 9.0, got 'Volt'"]),
+        ("7.5", [], ["TORCH_CUDA_ARCH_LIST: 7.5 is too old: sm_80 or later"]),
+        ("Volt", [], [EXPECTED + '"Volt"']),
+        ("9.0;99.0", [], [EXPECTED + '"99.0"']),
+        ("8.0,9.0", [], [EXPECTED + '"8.0,9.0"']),
+        (";", [(9, 0)], ["sm_90"]),
+        ("Blackwell", [], ["sm_100", "sm_103", "sm_120"]),
     ],
 )  # fmt: skip
 def test_architectures(wanted: str, gpus, expected: list[str], monkeypatch) -> None:
@@ -243,7 +272,7 @@ def test_what_is_compiled_with_and_without_cuda(project, tmp_path, monkeypatch) 
     assert not any("fast" in flag or flag.startswith("-std") for flag in built.nvcc_flags)
     assert "-gencode=arch=compute_90,code=sm_90" in built.nvcc_flags
     assert "-DFBC_WITH_CUDA" in built.cxx_flags
-    assert built.source_hash == without.source_hash
+    assert (built.source_hash, without.source_hash) == _build.native_sources.hashes(project.csrc)
 
 
 def test_key_names_architectures_and_nvcc(project, tmp_path, monkeypatch) -> None:
@@ -304,6 +333,17 @@ def test_a_cuda_tensor_is_told_how_to_get_cuda(monkeypatch) -> None:
     assert selection.use_native(OnGpu())
     monkeypatch.setitem(ops._state, "available", False)
     assert not selection.use_native(OnGpu())
+
+
+def test_explaining_cuda_is_refused_in_the_same_words(monkeypatch) -> None:
+    monkeypatch.setitem(ops._state, "cuda", False)
+    x, w = torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3)
+    with pytest.raises(NotImplementedError) as tensor:
+        selection.use_native(OnGpu())
+    for device in ("cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 1)):
+        with pytest.raises(NotImplementedError, match="device: expected cpu, got cuda") as caught:
+            fb.explain(x, w, device=device)
+        assert str(caught.value).split(": ", 2)[2] == str(tensor.value).split(": ", 2)[2]
 
 
 def test_every_function_says_so_before_the_dispatcher(monkeypatch) -> None:

@@ -15,7 +15,7 @@ from fake_project import ROOT, FakeProject
 
 import fastbconv
 from fastbconv import __main__ as command
-from fastbconv import _build, _native
+from fastbconv import _build, _builder, _native
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_build_info() -> None:
     assert info["cuda_reason"]
     assert info["threads"] == 2
     assert Path(info["library"]).exists()
-    stamp = _build.read_stamp(Path(info["library"]))
+    stamp = _build.native_sources.read_stamp(Path(info["library"]))
     assert stamp == {"source_hash": info["source_hash"], "torch": info["torch"]}
 
 
@@ -201,7 +201,9 @@ def test_commands(capsys, monkeypatch) -> None:
     assert command.main([]) == 0
     assert "usage" in capsys.readouterr().out
     assert command.main(["fly"]) == 2
-    assert "command: expected env, train or bench, got 'fly'" in capsys.readouterr().err
+    assert "unknown command 'fly': expected env, train or bench" in capsys.readouterr().err
+    assert command.main(["envv"]) == 2
+    assert "unknown command 'envv' (did you mean env?)" in capsys.readouterr().err
 
     def missing(name: str):
         raise ModuleNotFoundError(f"No module named {name!r}", name="tqdm")
@@ -223,7 +225,9 @@ def spec(project) -> _build.BuildSpec:
 def test_temporary_cache_is_private(spec, tmp_path: Path, monkeypatch) -> None:
     cache = tmp_path / "guessable"
     monkeypatch.setattr(_build, "temporary_cache", lambda: cache)
-    monkeypatch.setattr(_native, "_compile", lambda spec, work: (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr(
+        _builder, "compile_native", lambda spec, work: (_ for _ in ()).throw(OSError())
+    )
     with pytest.raises(_native.FastbconvBuildError, match="cannot use the build cache"):
         _native.ensure_built(spec, cache)
     assert cache.stat().st_mode & 0o777 == 0o700

@@ -51,6 +51,54 @@ def test_explain_checks_what_the_convolution_checks(options, message: str) -> No
         fb.explain(X[0, 0], W)
 
 
+@pytest.mark.parametrize("device", ["gpu", "mps", 0, "cpu0", 1.5])
+def test_explain_names_the_devices_it_knows(device) -> None:
+    with pytest.raises(ValueError, match=f"device: expected cpu or cuda, got '{device}'"):
+        fb.explain(X, W, device=device)
+
+
+def test_explain_goes_by_the_kind_of_a_device(monkeypatch) -> None:
+    seen = []
+    native = SimpleNamespace(
+        explain_conv=lambda *shapes, **options: seen.append(options.get("device")) or []
+    )
+    monkeypatch.setattr("fastbconv._native.load", lambda: native)
+    monkeypatch.setitem(ops._state, "cuda", True)
+    for device in ("cpu", torch.device("cpu"), None, "cuda", "cuda:0", torch.device("cuda", 1)):
+        fb.explain(X, W, device=device)
+    assert seen == [None] * 3 + ["cuda"] * 3
+
+
+def test_explain_takes_a_layer() -> None:
+    layer = fb.BayesConv2d(16, 8, 3, stride=2, padding=((1, 0), (2, 1)), groups=2)
+    own = {"stride": 2, "padding": ((1, 0), (2, 1)), "groups": 2}
+    assert fb.explain(layer, X) == fb.explain(X, layer.weight, **own)
+    reflected = fb.BayesConv2d(16, 8, 3, padding=1, padding_mode="reflect")
+    padded = torch.zeros(2, 16, 11, 11)
+    assert fb.explain(reflected, X) == fb.explain(padded, reflected.weight)
+    with pytest.raises(ValueError, match="expected none beside a layer, which has its own"):
+        fb.explain(layer, X, stride=2)
+    with pytest.raises(TypeError, match=r"got torch\.nn\.modules\.linear\.Linear; pass explain\("):
+        fb.explain(torch.nn.Linear(3, 4), X)
+    with pytest.raises(TypeError, match=r"weight: expected a tensor, got .*BayesConv2d"):
+        fb.explain(X, layer)
+
+
+def test_explain_prints_as_a_table() -> None:
+    lines = repr(fb.explain(X, W)).splitlines()
+    assert len(lines) == len(fb.explain(X, W))
+    assert sum(" chosen" in line for line in lines) == 3
+    assert all(line.startswith(("fprop ", "dgrad ", "wgrad ")) for line in lines)
+
+
+def test_algorithm_checks_and_prints_its_arguments() -> None:
+    for value in ("no", 0, None):
+        with pytest.raises(TypeError, match="keep_weight: expected True or False, got"):
+            fb.algorithm("auto", keep_weight=value)
+    with fb.algorithm("direct", keep_weight=True) as chosen:
+        assert repr(chosen) == "fastbconv.algorithm('direct', keep_weight=True)"
+
+
 def test_explain_reads_the_layout_as_the_operator_does(monkeypatch) -> None:
     """A slice of a channels_last image is channels_last, though it is not dense."""
     seen = []
