@@ -11,6 +11,7 @@ process of its own, so that one that hangs or crashes costs nothing but itself.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from gpu import goals, report, stages, supervise  # noqa: E402
-from gpu.record import Record  # noqa: E402
+from gpu.record import DONE, Record  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +35,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path, help="the JSON file; by default by device and date")
     found.add_argument("--only", default="", help=f"comma list of {', '.join(stages.STAGES)}")
     found.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
-    found.add_argument("--check", action="store_true", help="exit status 1 if a goal is missed")
+    found.add_argument(
+        "--check",
+        action="store_true",
+        help="exit status 1 if a goal is missed, 3 if one could not be judged",
+    )
     found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     found.add_argument("--budget", type=float, default=480.0, help="seconds for all stages")
     found.add_argument("--commit", help="where the checkout does not know it")
@@ -103,7 +108,7 @@ def run(options: argparse.Namespace, path: Path) -> Record:
         record.save()
         left = options.budget - (time.monotonic() - began)
         seconds = max(left, 0.0) * share(name, names)
-        print(f"{name}: {stages.STAGES[name].text} ({seconds:.0f} s)", flush=True)
+        print(f"{name}: {stages.STAGES[name].text} (at most {seconds:.0f} s)", flush=True)
         if options.in_process:
             begin = time.monotonic()
             stages.work(path, name, options.device, seconds, options.quick, ())
@@ -129,22 +134,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         sys.stdout.flush()
         os._exit(status)  # a device that hangs would hang the interpreter's own end
-    if options.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            print("no CUDA device; --device cpu makes a dry run", file=sys.stderr)
-            return 2
-    path = options.out or default_path(options.device, bool(options.only))
+    chosen(options.only)
+    why = refusal(options)
+    if why is not None:
+        print(why, file=sys.stderr)
+        return 2
+    path = (options.out or default_path(options.device, bool(options.only))).absolute()
     if path.exists() and not options.only:
         path.unlink()
-    record = run(options, path.absolute())
+    record = run(options, path)
     print(report.table(record))
-    missed = [goal["name"] for goal in record.data["goals"] if goal["status"] == "missed"]
-    if _failed(record, "build"):
+    print(f"written: {path}")
+    return verdict(record, options.check)
+
+
+def refusal(options: argparse.Namespace) -> str | None:
+    """Why nothing can be measured or written, before anything is."""
+    out = options.out.absolute() if options.out else None
+    if out is not None and out.is_dir():
+        return f"--out: expected a file, got the folder {out}"
+    if out is not None and not out.parent.is_dir() and not out.parent.parent.is_dir():
+        return f"--out: the folder {out.parent} does not exist, nor the one above it"
+    if out is not None and out.exists() and options.only:
+        before = json.loads(out.read_text()).get("dry run")
+        if before is not None and before != (options.device == "cpu"):
+            return f"--out: {out} is of the other kind: dry runs and measurements do not mix"
+    lacking = no_device() if options.device == "cuda" else None
+    return lacking and f"no CUDA device: {lacking}; --device cpu makes a dry run"
+
+
+def no_device() -> str | None:
+    """Why PyTorch has no GPU; None where it has one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"PyTorch for CUDA {torch.version.cuda} says: {str(error).splitlines()[0]}"
+    return f"PyTorch for CUDA {torch.version.cuda} sees no GPU (driver, CUDA_VISIBLE_DEVICES?)"
+
+
+def verdict(record: Record, check: bool) -> int:
+    """The exit status: 0, 1 (failed or missed), 3 (--check could not judge every goal)."""
+    built = record.items("build").get("info", {}).get("status") in DONE
+    if _failed(record, "build") and not built:
         print("the native library is missing or has no CUDA kernels: nothing of ours was measured")
         return 1
-    return 1 if options.check and (missed or _failed(record, "correctness")) else 0
+    goals_ = record.data["goals"]
+    missed, open_ = (
+        [goal["name"] for goal in goals_ if goal["status"] == status]
+        for status in ("missed", "not measured")
+    )
+    wrong = _failed(record, "correctness")
+    if check and (missed or wrong):
+        print(f"--check: missed: {', '.join(missed) or 'none'}; correctness failed: {wrong}")
+        return 1
+    if check and open_:
+        print(f"--check: {len(open_)} of {len(goals_)} goals not measured: {', '.join(open_)}")
+        return 3
+    return 0
 
 
 def _failed(record: Record, name: str) -> bool:

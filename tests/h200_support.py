@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 
@@ -11,6 +12,16 @@ from gpu.record import Record
 from gpu.stage import Bench
 
 CPU = torch.device("cpu")
+
+
+@functools.cache
+def build_library() -> None:
+    """The native library is there and works before any test takes time: no test compiles it."""
+    import fastbconv as fb
+
+    assert fb.build_info()["built"] != "reference"
+    loc = torch.zeros(2, 1, 1, 1)
+    fb.functional.sample_posterior(loc, loc, seed=0)
 
 
 def bench_of(path: Path, seconds: float = 60.0, banned: tuple[str, ...] = ()) -> Bench:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
 import h200
 import pytest
 import torch
-from gpu import correctness, kernels, process, stages, supervise
+from gpu import correctness, kernels, process, report, stages, supervise
 from gpu.record import STATUS, DeviceLost, Record
 from gpu.stage import Bench, Item, NotAvailable, run_items
-from h200_support import bench_of
+from h200_support import bench_of, build_library
 
 # --- the whole script -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    build_library()
     path = tmp_path_factory.mktemp("h200") / "dry.json"
     arguments = ["--device", "cpu", "--quick", "--in-process", "--out", str(path)]
+    began = time.process_time()  # what others do on the machine does not count
     assert h200.main(arguments) == 0
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
+    return {**found, "cpu seconds": time.process_time() - began}
 
 
 def test_dry_run_has_every_stage_and_says_that_it_is_one(dry_run: dict) -> None:
@@ -33,26 +37,57 @@ def test_dry_run_has_every_stage_and_says_that_it_is_one(dry_run: dict) -> None:
         assert {"commit", "dirty", "started", "status", "items"} <= stage.keys()
         assert "running" not in stage
         assert stage["items"]
+        statuses = {item["status"] for item in stage["items"].values()}
+        assert "ok" not in {stage["status"], *statuses}
+    assert '"ok"' not in json.dumps(dry_run["stages"])
+
+
+def test_dry_run_says_what_it_did_instead(dry_run: dict) -> None:
+    items = {
+        name: item for stage in dry_run["stages"].values() for name, item in stage["items"].items()
+    }
+    assert items["eps equals the CPU's"]["instead"] == "the CPU against itself"
+    assert items["graph auto"]["replays"] == 0
+    assert "no graph" in items["graph direct"]["instead"]
+    assert "unwatched" in items["memcheck"]["instead"]
+    assert "none is asked for" in items["info"]["instead"]
+    assert "batch 2" in items["resnet18 128 graph step"]["instead"]
+    assert items["resnet18 128"]["status"] == "not measured"  # peaks, which a CPU does not count
+    done = {name for name, item in items.items() if item["status"] == "dry run"}
+    assert all("instead" in items[name] for name in done - {"machine"}), done
+
+
+def test_table_of_a_dry_run_has_no_figures(dry_run: dict, tmp_path: Path) -> None:
+    record = Record(tmp_path / "file.json")
+    record.data = dry_run
+    body = report.table(record).split("\nG1 ")[0]
+    assert "DRY RUN" in body
+    assert not re.search(r"\d (ms|us|s|[GT]B/s|TFLOP/s)\b|x det", body), body
+
+
+def test_dry_run_is_short_and_compiles_nothing(dry_run: dict) -> None:
+    assert dry_run["cpu seconds"] < 40.0
+    assert "compiling" not in dry_run["stages"]["build"]["items"]["build"]["said"]
 
 
 def test_dry_run_runs_every_path(dry_run: dict) -> None:
     """What a CPU lacks may be missing, with its reason; nothing may fail."""
     for name, stage in dry_run["stages"].items():
-        assert stage["status"] == "ok", (name, stage)
+        assert stage["status"] == "dry run", (name, stage)
         for item, found in stage["items"].items():
             rows = {item: found, **found.get("variants", {})}
             for row, values in rows.items():
                 where = f"{name}/{item}/{row}: {values.get('reason')} {values.get('traceback')}"
-                assert values.get("status", "ok") in STATUS, where
-                assert values.get("status") != "failed", where
-                if values.get("status", "ok") != "ok":
+                assert values["status"] in STATUS, where
+                assert values["status"] != "failed", where
+                if values["status"] != "dry run":
                     assert values["reason"], where
 
 
 def test_dry_run_times_ours_and_theirs(dry_run: dict) -> None:
     rows = dry_run["stages"]["models"]["items"]["resnet18 128 graph step"]["variants"]
     for name in ("det", "unfused", "fb", "fb-direct"):
-        assert rows[name]["status"] == "ok"
+        assert rows[name]["status"] == "dry run"
         assert rows[name]["seconds"]["median"] > 0
         assert rows[name]["verdict"] in ("equal", "slower", "faster")
         assert {"ratio", "ratio_spread", "times ours"} <= rows[name].keys()
@@ -79,7 +114,10 @@ def test_worker_process_and_merging(tmp_path: Path, capfd: pytest.CaptureFixture
     assert found["stages"]["facts"]["commit"] == "abc"
     assert found["stages"]["facts"]["items"]["copy"]["bytes_per_second"] > 0
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
-    assert "DRY RUN" in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert "DRY RUN" in output
+    assert f"written: {path}" in output
+    assert "(at most " in output
 
 
 def test_arguments() -> None:
@@ -100,7 +138,54 @@ def test_no_gpu_is_said(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert h200.main([]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no CUDA device: " in error
+    if torch.version.cuda is None:
+        assert "built without CUDA" in error
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert "sees no GPU" in h200.no_device()
+
+    def old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old\nmore")
+
+    monkeypatch.setattr(torch.cuda, "init", old)
+    assert h200.no_device().endswith("driver on your system is too old")
+    with pytest.raises(SystemExit, match="--only"):  # the names first
+        h200.main(["--only", "foo"])
+
+
+def test_where_the_file_cannot_be_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(h200, "run", lambda *_: pytest.fail("it measured"))
+    cpu = ["--device", "cpu", "--only", "facts", "--out"]
+    assert h200.main([*cpu, str(tmp_path / "no" / "such" / "x.json")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert h200.main([*cpu, str(tmp_path)]) == 2
+    assert "expected a file" in capsys.readouterr().err
+    path = tmp_path / "measured.json"
+    path.write_text('{"format": 1, "dry run": false, "stages": {}}')
+    assert h200.main([*cpu, str(path)]) == 2
+    assert "do not mix" in capsys.readouterr().err
+    options = h200.parser().parse_args([*cpu, str(tmp_path / "new" / "x.json")])
+    assert h200.refusal(options) is None  # the folder is made
+
+
+def test_check_that_judged_nothing_is_not_passed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Record(tmp_path / "file.json")
+    record.data["goals"] = [{"name": "G1", "status": "met"}, {"name": "G2", "status": "met"}]
+    assert h200.verdict(record, True) == 0
+    record.data["goals"][1]["status"] = "not measured"
+    assert h200.verdict(record, False) == 0
+    assert capsys.readouterr().out == ""
+    assert h200.verdict(record, True) == 3
+    assert "1 of 2 goals not measured: G2" in capsys.readouterr().out
+    record.data["goals"][0]["status"] = "missed"
+    assert h200.verdict(record, True) == 1
+    assert "missed: G1" in capsys.readouterr().out
 
 
 # --- items, and processes that break --------------------------------------------------------------

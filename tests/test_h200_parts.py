@@ -20,8 +20,14 @@ from gpu import (
     shapes,
     variants,
 )
-from gpu.stage import NotAvailable
-from h200_support import CPU, bench_of, filled
+from gpu.stage import NotAvailable, outcome
+from h200_support import CPU, bench_of, build_library, filled
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    build_library()
+
 
 # --- clock and statistics -------------------------------------------------------------------------
 
@@ -279,3 +285,35 @@ def test_table_has_forty_lines_whatever_happens(tmp_path: Path) -> None:
     listed = [line for line in lines if line.startswith("G")]
     assert len(listed) == 16
     assert not any(line.endswith("...") for line in listed)
+
+
+def test_table_names_what_was_left_out(tmp_path: Path) -> None:
+    record = filled(tmp_path / "a.json", 1.02)
+    record.data["goals"] = goals.judge(record)
+    away = {"status": "not available", "reason": "nvidia-smi is not on PATH"}
+    record.items("facts").update({"clocks before": away, "clocks after": away})
+    text = report.table(record)
+    assert "  facts: clocks before, clocks after: not available: nvidia-smi is not on PATH" in text
+    reasons = {f"n{i}": {"status": "not measured", "reason": f"reason {i}"} for i in range(40)}
+    record.items("memory").update(reasons)
+    lines = report.table(record).splitlines()
+    assert len(lines) <= report.LINES
+    assert any(line.endswith("more not done, in the file") for line in lines)
+
+
+def test_small_rates_are_not_rounded_to_zero(tmp_path: Path) -> None:
+    record = filled(tmp_path / "a.json", 1.02)
+    record.items("facts")["matmul"] = {"status": "ok", "flop_per_second": 3.2e10}
+    assert "bf16 matmul 0.032 TFLOP/s" in report.table(record)
+
+
+def test_an_item_without_a_variant_was_not_measured(tmp_path: Path) -> None:
+    bench = bench_of(tmp_path / "file.json")
+    done = {"status": "dry run"}
+    none = {"status": "not measured", "reason": "a CPU does not count"}
+    found = outcome(bench, lambda: {"variants": {"a": none, "b": none}})
+    assert (found["status"], found["reason"]) == (
+        "not measured",
+        "no variant: a CPU does not count",
+    )
+    assert outcome(bench, lambda: {"variants": {"a": none, "b": done}})["status"] == "dry run"

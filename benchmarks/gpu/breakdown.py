@@ -41,7 +41,8 @@ def step(bench: Bench, name: str, direction: str) -> dict[str, Any]:
         for kernel, _ in spent.most_common(KERNELS)
     ]
     total = sum(spent.values()) / calls
-    return {"kernels": sum(count.values()) / calls, "us": total, "top": top}
+    found = {"kernels": sum(count.values()) / calls, "us": total, "top": top}
+    return found | bench.instead("operators of a CPU, a tiny network, batch 2")
 
 
 def items(bench: Bench) -> list[Item]:

@@ -156,7 +156,7 @@ def noise_bits(bench: Bench) -> dict[str, Any]:
         worst = max(worst, (mine - host).abs().max().item())
     if differ:
         raise AssertionError(f"eps: {differ} of {total} values differ, by up to {worst:.3g}")
-    return {"values": total, "differ": differ}
+    return {"values": total, "differ": differ, **bench.instead("the CPU against itself")}
 
 
 def against_float64(bench: Bench, algorithm: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def against_float64(bench: Bench, algorithm: str, dtype: torch.dtype) -> dict[st
         ]
     if wrong:
         raise AssertionError(f"further than {BOUND[dtype]} from float64: {'; '.join(wrong)}")
-    return {"bound": BOUND[dtype], "cases": rows}
+    return {"bound": BOUND[dtype], "cases": rows, **bench.instead("tiny layers on the CPU")}
 
 
 def twice_the_same(bench: Bench, algorithm: str) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def twice_the_same(bench: Bench, algorithm: str) -> dict[str, Any]:
         ]
     if wrong:
         raise AssertionError(f"two runs differ: {'; '.join(wrong)}")
-    return {"cases": len(cases(bench))}
+    return {"cases": len(cases(bench)), **bench.instead("tiny layers on the CPU")}
 
 
 def replay(bench: Bench, algorithm: str) -> dict[str, Any]:
@@ -223,7 +223,8 @@ def replay(bench: Bench, algorithm: str) -> dict[str, Any]:
     outputs = [drawn().clone() for _ in range(3)]
     if any(torch.equal(outputs[0], other) for other in outputs[1:]):
         raise AssertionError("two replays drew the same noise")
-    return {"replays": 6}
+    replays = 6 if bench.clock.cuda else 0
+    return {"replays": replays, **bench.instead("calls of a CPU: there was no graph")}
 
 
 STRESS = (
@@ -260,4 +261,5 @@ def stress(bench: Bench) -> dict[str, Any]:
     differ = int(sum(int(count) for count in wrong))
     if differ:
         raise AssertionError(f"{differ} elements differ in {launches} launches")
-    return {"launches": launches, "streams": len(streams), "shapes": len(shapes)}
+    found = {"launches": launches, "streams": len(streams), "shapes": len(shapes)}
+    return found | bench.instead("calls of a CPU, one after the other")

@@ -1,4 +1,4 @@
-"""Stage 3: the GPU's tests, checks of our own, and compute-sanitizer."""
+"""Stage 3: native programs, checks of our own, the GPU's tests, and compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import checks, process
+from . import checks, process, programs
 from .record import ROOT
 from .stage import Bench, Item, NotAvailable, NotMeasured
 
@@ -26,7 +26,7 @@ def run_pytest(target: Path, limit: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = process.python("-m", "pytest", str(target), "-q", "--maxfail=30")
-        command.append(f"--ignore={TESTS / 'test_native_programs.py'}")  # compiles
+        command.append(f"--ignore={TESTS / 'test_native_programs.py'}")  # run before, one by one
         ended = process.run([*command, "-p", "no:cacheprovider", f"--junitxml={report}"], limit)
         if not report.exists():
             raise RuntimeError(f"pytest wrote no report: {ended.text[-3000:]}")
@@ -93,12 +93,17 @@ def sanitizer(bench: Bench, tool: str) -> dict[str, Any]:
         raise NotAvailable(f"compute-sanitizer: {text.strip()[-500:]}")
     if ended.status != 0 or "done" not in text:
         raise RuntimeError(f"{tool}: status {ended.status}: {text[:1500]} ... {text[-1500:]}")
-    return {"summary": summary, "watched": not bench.dry}
+    alone = bench.instead("the program ran alone, on the CPU and unwatched")
+    return {"summary": summary, "watched": not bench.dry, **alone}
 
 
 def items(bench: Bench) -> list[Item]:
     """Stage 3; what may break the device comes last."""
-    listed = [Item("eps equals the CPU's", checks.noise_bits)]
+    listed = [
+        Item(f"native {name}", partial(programs.run_one, name=name), programs.RUN_LIMIT + 15.0)
+        for name in programs.names()
+    ]
+    listed.append(Item("eps equals the CPU's", checks.noise_bits))
     for algorithm, dtype in (
         ("auto", torch.float32), ("auto", torch.bfloat16), ("auto", torch.float16),
         ("direct", torch.bfloat16), ("direct", torch.float16),

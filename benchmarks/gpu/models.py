@@ -11,6 +11,7 @@ import torch
 
 from . import clock as clocks
 from .expected import PREDICTED, compare
+from .record import DONE
 from .stage import Bench, Item, NotAvailable, NotMeasured, outcome
 from .variants import Program, build
 
@@ -73,16 +74,18 @@ def cell(
     calls, rows = {}, {}
     for name in names:
         ready = outcome(bench, partial(_prepare, bench, network, batch, mode, direction, name))
-        if ready["status"] == "ok":
+        if ready["status"] in DONE:
             calls[name] = ready["call"]
         else:
             rows[name] = ready
     if not calls:
         raise NotAvailable("; ".join(str(row.get("reason")) for row in rows.values()))
     times = clocks.interleave(bench.clock, calls, effort(bench))
-    rows |= {name: {"status": "ok", **row} for name, row in summarised(times).items()}
+    rows |= {name: {"status": bench.good, **row} for name, row in summarised(times).items()}
     key = key or cell_name(network, batch, mode, direction)
-    return {"variants": rows, "predictions": {} if bench.dry else predicted(key, rows)}
+    tiny = "a tiny network, batch 2" + ", called, not captured" * (mode == "graph")
+    found = {"variants": rows, **bench.instead(tiny)}
+    return found if bench.dry else {**found, "predictions": predicted(key, rows)}
 
 
 def summarised(times: dict[str, list[list[float]]]) -> dict[str, dict[str, Any]]:
@@ -148,7 +151,7 @@ def host_time(bench: Bench) -> dict[str, Any]:
                 return {"seconds": clocks.quartiles(times)}
 
             rows[f"{name} {direction}"] = outcome(bench, measure)
-    return {"variants": rows}
+    return {"variants": rows, **bench.instead("a layer 3>3 @8, no device to wait for")}
 
 
 def items(bench: Bench) -> list[Item]:

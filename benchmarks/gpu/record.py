@@ -15,8 +15,10 @@ from typing import Any
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parents[2]
-# Of an item, of a stage: what is not "ok" says why in "reason" or "traceback".
-STATUS = ("ok", "failed", "not available", "not measured")
+# Of an item, of a variant of it, of a stage. "dry run": a CPU ran the code on tiny tensors, which
+# proves and measures nothing. What is not done says why in "reason" or "traceback".
+STATUS = ("ok", "dry run", "failed", "not available", "not measured")
+DONE = STATUS[:2]
 
 
 class DeviceLost(Exception):

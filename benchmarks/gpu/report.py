@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from .goals import variants
-from .record import Record
+from .record import DONE, Record
 
 LINES, WIDTH = 40, 150
 CELLS = (
@@ -21,9 +22,11 @@ def _head(record: Record) -> Iterator[str]:
     facts = record.items("facts")
     machine = facts.get("machine", {})
     copy, matmul = facts.get("copy", {}), facts.get("matmul", {})
-    rates = [f"copy {copy['bytes_per_second'] / 1e12:.2f} TB/s"] if "seconds" in copy else []
-    if "seconds" in matmul:
-        rates.append(f"bf16 matmul {matmul['flop_per_second'] / 1e12:.0f} TFLOP/s")
+    rates = []
+    if copy.get("status") == "ok":
+        rates.append(f"copy {number(copy['bytes_per_second'] / 1e12)} TB/s")
+    if matmul.get("status") == "ok":
+        rates.append(f"bf16 matmul {number(matmul['flop_per_second'] / 1e12)} TFLOP/s")
     commits = {
         f"{stage.get('commit')}{'+' if stage.get('dirty') else ''}"
         for stage in record.data["stages"].values()
@@ -31,16 +34,30 @@ def _head(record: Record) -> Iterator[str]:
     yield ", ".join([f"{machine.get('device', 'device unknown')}", *rates])
     yield f"torch {machine.get('torch')}, cuDNN {machine.get('cudnn')}, commit {' '.join(commits)}"
     if record.data.get("dry run"):
-        yield "DRY RUN on a CPU: no time below means anything, and no goal is judged."
+        yield "DRY RUN on a CPU: tiny tensors; nothing was measured or checked, no goal is judged."
 
 
-def _stages(record: Record) -> str:
-    words = []
+def _stages(record: Record) -> list[str]:
+    dry, words = record.data.get("dry run"), []
     for name, stage in record.data["stages"].items():
         statuses = [item["status"] for item in stage["items"].values()]
-        good = statuses.count("ok")
-        words.append(f"{name} {good}/{len(statuses)} {stage.get('took', 0):.0f} s")
-    return "ok items: " + ", ".join(words)
+        good = sum(status in DONE for status in statuses)
+        took = "" if dry else f" {stage.get('took', 0):.0f} s"
+        words.append(f"{name} {good}/{len(statuses)}{took}")
+    title = "items that a CPU ran: " if dry else "ok items: "
+    return textwrap.wrap(title + ", ".join(words), WIDTH, subsequent_indent="  ")
+
+
+def _left_out(record: Record) -> Iterator[str]:
+    """What was not done, by stage and reason."""
+    for name, stage in record.data["stages"].items():
+        found: dict[str, list[str]] = {}
+        for item, row in stage["items"].items():
+            if row["status"] in ("not available", "not measured"):
+                found.setdefault(f"{row['status']}: {row.get('reason')}", []).append(item)
+        for why, items in found.items():
+            more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+            yield f"  {name}: {', '.join(items[:3])}{more}: {why}".splitlines()[0]
 
 
 def _failures(record: Record) -> Iterator[str]:
@@ -103,13 +120,19 @@ def _goal(goal: dict[str, Any]) -> str:
 
 
 def table(record: Record) -> str:
-    """At most forty lines; failures are cut short first, goals never."""
+    """At most forty lines; what was left out is cut short first, then failures, goals never."""
     goals = [_goal(goal) for goal in record.data["goals"]]
-    body = [*_head(record), _stages(record), *_kernels(record), *_cells(record)]
+    body = [*_head(record), *_stages(record), *_kernels(record), *_cells(record)]
     failures = list(_failures(record))
     room = LINES - len(body) - len(goals) - 1
     if len(failures) > room:
         hidden = len(failures) - room
         failures = [*failures[:room], f"  and {hidden} more failures in the file"]
-    lines = [*body, *failures, *goals]
+    missing = list(_left_out(record))
+    room -= len(failures)
+    if len(missing) > room:
+        hidden = len(missing) - max(room - 1, 0)
+        missing = [*missing[: max(room - 1, 0)], f"  and {hidden} more not done, in the file"]
+        missing = missing[: max(room, 0)]
+    lines = [*body, *failures, *missing, *goals]
     return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in lines)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .clock import Clock
-from .record import DeviceLost, Record
+from .record import DONE, DeviceLost, Record
 
 BROKEN = 3  # exit status of a worker whose device no longer answers
 
@@ -56,6 +56,15 @@ class Bench:
     def dry(self) -> bool:
         """A dry run on a CPU: tiny shapes, and times that mean nothing."""
         return not self.clock.cuda
+
+    @property
+    def good(self) -> str:
+        """The status of what came to its end: a dry run calls nothing "ok"."""
+        return "dry run" if self.dry else "ok"
+
+    def instead(self, text: str) -> dict[str, str]:
+        """What a dry run did in place of what the item is called; nothing on a GPU."""
+        return {"instead": text} if self.dry else {}
 
     def left(self) -> float:
         """Seconds until the stage's deadline."""
@@ -108,7 +117,7 @@ class Item:
 def outcome(bench: Bench, call: Callable[[], Any]) -> dict[str, Any]:
     """Runs ``call`` and puts what happened into words; a lost device is passed on."""
     try:
-        return {"status": "ok", **(call() or {})}
+        return _all_told({"status": bench.good, **(call() or {})})
     except NotAvailable as reason:
         return {"status": "not available", "reason": str(reason)}
     except NotMeasured as reason:
@@ -123,6 +132,17 @@ def outcome(bench: Bench, call: Callable[[], Any]) -> dict[str, Any]:
             return {"status": "not measured", "reason": f"out of memory: {error}"[:300]}
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         return {"status": "failed", "reason": reason, "traceback": traceback.format_exc()[-4000:]}
+
+
+def _all_told(found: dict[str, Any]) -> dict[str, Any]:
+    """An item of variants of which not one was measured has their status and reason."""
+    rows = list(found.get("variants", {}).values())
+    if rows and found["status"] in DONE and not any(row["status"] in DONE for row in rows):
+        statuses = {row["status"] for row in rows}
+        worst = next(s for s in ("failed", "not measured", "not available") if s in statuses)
+        reason = next(row.get("reason") for row in rows if row["status"] == worst)
+        found.update(status=worst, reason=f"no variant: {reason}")
+    return found
 
 
 def run_items(bench: Bench, items: Sequence[Item]) -> None:
@@ -146,5 +166,5 @@ def run_items(bench: Bench, items: Sequence[Item]) -> None:
         section["items"][item.name] = result
         bench.record.save()
     statuses = [item["status"] for item in section["items"].values()]
-    section["status"] = "failed" if "failed" in statuses else "ok"
+    section["status"] = "failed" if "failed" in statuses else bench.good
     bench.record.save()

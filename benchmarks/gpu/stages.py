@@ -28,8 +28,10 @@ class Stage:
 
 STAGES = {
     "facts": Stage("facts", 15, "device, versions, clocks, ceilings"),
-    "build": Stage("built", 90, "the native library, and that it has CUDA kernels"),
-    "correctness": Stage("correctness", 120, "tests, float64, bits, graphs, stress, sanitizer"),
+    "build": Stage("built", 90, "the native library, its CUDA kernels, native programs"),
+    "correctness": Stage(
+        "correctness", 120, "native programs, float64, bits, graphs, stress, tests, sanitizer"
+    ),
     "kernels": Stage("kernels", 45, "sampling, gradients, epilogue, convolutions alone"),
     "models": Stage("models", 145, "networks x eager, graph x forward, step"),
     "samples": Stage("samples", 25, "many draws, a draw per example"),
