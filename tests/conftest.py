@@ -31,9 +31,9 @@ def _use_test_library(path: str | None) -> None:
 _use_test_library(os.environ.get("FASTBCONV_TEST_LIBRARY"))
 
 
-def pytest_report_header() -> str:
-    """Whether the tests that need nvcc exist here."""
-    return cuda_resources.header()
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Whether the tests that need nvcc or a GPU exist here; the header is not shown under -q."""
+    terminalreporter.write_line(cuda_resources.summary())
 
 
 @pytest.fixture(autouse=True)

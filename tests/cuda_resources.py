@@ -35,8 +35,8 @@ def find_nvcc() -> str | None:
     return found or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def header() -> str:
-    """One line of pytest's header."""
+def summary() -> str:
+    """One line below the results of a test run."""
     nvcc = find_nvcc()
     if nvcc is None:
         return "cuda: no nvcc, so the kernels are run on the interpreter and not compiled"
@@ -147,7 +147,7 @@ def read_table() -> dict:
 def main() -> int:
     nvcc = find_nvcc()
     if nvcc is None:
-        print(header(), file=sys.stderr)
+        print(summary(), file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda s: compile_source(nvcc, s, Path(folder)), SOURCES))

@@ -128,7 +128,7 @@ def main() -> int:
     if options.step == "build":
         nvcc = cuda_resources.find_nvcc()
         if nvcc is None:
-            print(cuda_resources.header(), file=sys.stderr)
+            print(cuda_resources.summary(), file=sys.stderr)
             return 1
         build(nvcc, options.folder, options.architecture)
         return 0

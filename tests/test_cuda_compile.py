@@ -1,11 +1,14 @@
 """Gates that need nvcc and no GPU: registers, stack and spills of each kernel; the noise's code.
 
-Without nvcc these tests do not exist; a line of pytest's header says so.
+Without nvcc these tests do not exist; a line below the results says so.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -124,3 +127,30 @@ class TestNoiseUnit:
         plain = [name for name in off if "plain" in name]
         assert len(plain) == 1
         assert off[plain[0]] != on[plain[0]]
+
+
+@pytest.mark.parametrize("nvcc", ["nvcc", None])
+def test_one_line_tells_whether_the_kernels_are_compiled(nvcc: str | None, tmp_path: Path) -> None:
+    """In a run of its own: with -q, as ``make test`` runs it."""
+    (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
+    (tmp_path / "conftest.py").write_text(
+        "import cuda_resources\n"
+        f"cuda_resources.find_nvcc = lambda: {nvcc!r}\n"
+        "from conftest_of_the_suite import pytest_terminal_summary\n"
+    )
+    suite = (Path(__file__).parent / "conftest.py").read_text()
+    (tmp_path / "conftest_of_the_suite.py").write_text(suite)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent), *sys.path])
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith("cuda: ")]
+    expected = "kernels are compiled by" if nvcc else "no nvcc, so the kernels are run on"
+    assert len(lines) == 1
+    assert expected in lines[0]
