@@ -2,8 +2,8 @@
 //
 //   rows      pixels m of one draw, m = (n * P + p) * Q + q; a PixelRow says where the window of a
 //             pixel begins (its tap r = s = 0, which may lie outside the image)
-//   columns   kk = (r * S + s) * C + c, C the channels of one group; a Tap is kk as digits (r, s,
-//   c)
+//   columns   kk = (r * S + s) * C + c, C the channels of one group; a Tap is kk as the digits
+//             (r, s, c)
 //
 //   element (m, kk) = data[row.offset + r * dilation_h * stride.h + s * dilation_w * stride.w + c],
 //   zero where (row.h + r * dilation_h, row.w + s * dilation_w) is outside the image
@@ -17,8 +17,8 @@
 //
 //   PixelRow* rows (shared)  <- locate_pixels(), once per tile;  sync()
 //   PixelGather gather(tid, first column, geometry)
-//   per step: gather.copy(tile, rows, image, geometry); copy_commit(); gather.advance(image,
-//   geometry)
+//   per step: gather.copy(tile, rows, image, geometry); copy_commit();
+//             gather.advance(image, geometry)
 //
 // kWide: every chunk is one 16-byte copy; needs wide_gather(). Else units of 8, 4 or 2 bytes, as
 // gather_unit() says (2: ordinary loads and stores, for odd C of a 16-bit type).

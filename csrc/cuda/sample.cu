@@ -11,9 +11,8 @@
 //
 // KL, the same bits whatever the grid:
 //
-//   element -> quad -> thread (two quads) -> warp (butterfly) -> chunk (warps in order)    in T
-//   slot[chunk] -> lane (slots l, l + 32, ...) -> warp (butterfly) -> kl                   in
-//   double
+//   element -> quad -> thread (two quads) -> warp (butterfly) -> chunk (warps in order)  in T
+//   slot[chunk] -> lane (slots l, l + 32, ...) -> warp (butterfly) -> kl              in double
 //
 // The second line is done by the last block to finish, one warp an entry; a ticket tells which
 // block.

@@ -1,13 +1,11 @@
 // Cooperative sampling: the blocks of one launch sample every weight once, into slabs that lie in
 // L2, and use a slab as soon as it is complete.
 //
-//   slab (draw, step)   [filter k of all groups][64 bytes]: columns [step * kDepth, + kDepth) of
-//   the
-//                       filters, rounded to T, zeros beyond the last column
-//   task                kThreads / 4 filters of one step, for up to kTaskDraws draws: loc and rho
-//   are
-//                       read once; tasks in the order the product needs them, dealt to blocks in
-//                       turn
+//   slab (draw, step)   [filter k of all groups][64 bytes]: columns [step * kDepth, + kDepth)
+//                       of the filters, rounded to T, zeros beyond the last column
+//   task                kThreads / 4 filters of one step, for up to kTaskDraws draws: loc and
+//                       rho are read once; tasks in the order the product needs them, dealt to
+//                       blocks in turn
 //   counter             one per (kTaskDraws draws, step): tasks that are done, added with release;
 //                       complete at slab_strips()
 //   KL                  of the first draws' tasks: a task's sum goes to its own slot (threads in a
