@@ -1,7 +1,7 @@
 // The convolution operators on the device: what cuda_ops.cpp hands to the two providers.
 //
 //   library   one sampling launch, ATen's (cuDNN's) convolution, one launch for bias and activation
-//   direct    the one-pass kernels of csrc/cuda: sampling, convolution, bias and activation together
+//   direct    the one-pass kernels of csrc/cuda: sampling, convolution, bias, activation at once
 //
 // Nothing here waits for the device or reads its memory.
 #pragma once

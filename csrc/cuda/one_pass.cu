@@ -67,8 +67,8 @@ const char* one_pass_cannot(const ConvShape& s, Dtype dtype) {
 
 // Weights that one multiprocessor samples, one after another, decides:
 //
-//   private      a tile's (64 or 32 filters, fewer if there are fewer; where the steps of a tile are
-//                split, those of one split) once for each block it gets
+//   private      a tile's (64 or 32 filters, fewer if there are fewer; those of one split where
+//                the steps of a tile are split) once for each block it gets
 //   cooperative  its share of all, and a start-up; a third more where the slabs do not stay in L2
 //
 // So a split makes private sampling as good as the cooperative one where one tile has all pixels.
