@@ -129,6 +129,23 @@ at::Tensor empty_output(const ConvCall& call) {
                            call.input->options().memory_format(call.format)));
 }
 
+at::Tensor with_canonical_strides(const at::Tensor& tensor, at::ScalarType dtype,
+                                  at::MemoryFormat format) {
+  if (tensor.scalar_type() == dtype && tensor.is_contiguous(format)) {
+    const int64_t c = std::max<int64_t>(tensor.size(1), 1),
+                  h = std::max<int64_t>(tensor.size(2), 1),
+                  w = std::max<int64_t>(tensor.size(3), 1);
+    const std::array<int64_t, 4> wanted = format == at::MemoryFormat::ChannelsLast
+                                              ? std::array<int64_t, 4>{h * w * c, 1, w * c, c}
+                                              : std::array<int64_t, 4>{c * h * w, h * w, w, 1};
+    return tensor.strides() == at::IntArrayRef(wanted) ? tensor
+                                                       : tensor.as_strided(tensor.sizes(), wanted);
+  }
+  const at::Tensor out =
+      at::empty(tensor.sizes(), tensor.options().dtype(dtype).memory_format(format));
+  return out.copy_(tensor);
+}
+
 ConvCall make_conv_call(const ConvTensors& t, const ConvOptions& o) {
   expect_defined("input", *t.input);
   expect_defined("weight_loc", *t.weight_loc);

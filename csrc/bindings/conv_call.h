@@ -45,6 +45,10 @@ ConvCall make_conv_call(const ConvTensors& tensors, const ConvOptions& options);
 // (output rows, K, P, Q) like the input, not filled.
 at::Tensor empty_output(const ConvCall& call);
 
+// Exactly the strides of at::empty(..., format): ATen is free to choose others for extents of 1.
+at::Tensor with_canonical_strides(const at::Tensor& tensor, at::ScalarType dtype,
+                                  at::MemoryFormat format);
+
 struct ConvOutputs {
   at::Tensor output;
   at::Tensor pre_activation;  // filled where defined on entry

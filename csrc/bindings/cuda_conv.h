@@ -48,10 +48,6 @@ at::Tensor bias_rows(const ConvCall& call, at::ScalarType dtype, bool* drawn);
 // parameters.
 at::Tensor empty_weight(const ConvCall& call, int64_t draws, at::MemoryFormat format);
 
-// Exactly the strides of at::empty(..., format): ATen is free to choose others for extents of 1.
-at::Tensor with_canonical_strides(const at::Tensor& tensor, at::ScalarType dtype,
-                                  at::MemoryFormat format);
-
 // out <- activation(out + bias), with out + bias in pre_activation where that is defined.
 void apply_bias_activation(const ConvCall& call, const at::Tensor& bias, const at::Tensor& output,
                            const at::Tensor& pre_activation);

@@ -79,23 +79,6 @@ at::Tensor convolve_sample(const ConvCall& call, const PosteriorParams<T>& p, in
                          o.dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, o.groups);
 }
 
-// Exactly the strides of at::empty(..., format): ATen is free to choose others for extents of 1.
-at::Tensor with_canonical_strides(const at::Tensor& tensor, at::ScalarType dtype,
-                                  c10::MemoryFormat format) {
-  if (tensor.scalar_type() == dtype && tensor.is_contiguous(format)) {
-    const int64_t c = std::max<int64_t>(tensor.size(1), 1),
-                  h = std::max<int64_t>(tensor.size(2), 1),
-                  w = std::max<int64_t>(tensor.size(3), 1);
-    const std::array<int64_t, 4> wanted = format == c10::MemoryFormat::ChannelsLast
-                                              ? std::array<int64_t, 4>{h * w * c, 1, w * c, c}
-                                              : std::array<int64_t, 4>{c * h * w, h * w, w, 1};
-    return tensor.strides() == at::IntArrayRef(wanted) ? tensor
-                                                       : tensor.as_strided(tensor.sizes(), wanted);
-  }
-  at::Tensor out = at::empty(tensor.sizes(), tensor.options().dtype(dtype).memory_format(format));
-  return out.copy_(tensor);
-}
-
 }  // namespace
 
 template <typename T>
