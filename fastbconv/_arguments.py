@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 IntPair = int | Sequence[int]
 PaddingLike = str | int | Sequence[int] | Sequence[Sequence[int]]
-Padding = Literal["same"] | tuple[int, int, int, int]
+Padding = Literal["same"] | tuple[int, ...]
+
+# By the number of spatial axes.
+IMAGE: Final = {1: "C, L", 2: "C, H, W", 3: "C, D, H, W"}
+FILTER: Final = {1: "K, C / groups, S", 2: "K, C / groups, R, S", 3: "K, C / groups, T, R, S"}
+SIDES: Final = {
+    1: "((left, right),)",
+    2: "((top, bottom), (left, right))",
+    3: "((front, back), (top, bottom), (left, right))",
+}
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -58,30 +67,40 @@ def element_offsets(value: object) -> tuple[int, int]:
     return pair("element_offset", value, 0)
 
 
-def padding_form(padding: PaddingLike) -> Padding:
-    """'same', or zeros on (top, bottom, left, right).
+def spatial(name: str, value: int | Sequence[int], rank: int, minimum: int = 1) -> tuple[int, ...]:
+    """An int, or an int for each spatial axis."""
+    if rank == 2:
+        return pair(name, value, minimum)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != rank:
+            raise ValueError(f"{name}: expected an integer or {rank} of them, got {tuple(value)}")
+        return tuple(integer(name, entry, minimum) for entry in value)
+    return (integer(name, value, minimum),) * rank
+
+
+def padding_form(padding: PaddingLike, rank: int = 2) -> Padding:
+    """'same', or zeros before and after each spatial axis: (top, bottom, left, right).
 
     Args:
-        padding: 'valid', 'same', an int, (height, width), or ((top, bottom), (left, right)).
+        padding: 'valid', 'same', an int, an int for each axis, or a pair of sides for each axis.
+        rank: number of spatial axes.
     """
     if isinstance(padding, str):
         if padding == "same":
             return "same"
         if padding == "valid":
-            return (0, 0, 0, 0)
+            return (0, 0) * rank
         raise ValueError(
-            "padding: expected 'valid', 'same', an integer, a pair or ((top, bottom), "
-            f"(left, right)), got {padding!r}"
+            "padding: expected 'valid', 'same', an integer, an integer for each axis or "
+            f"{SIDES[rank]}, got {padding!r}"
         )
     nested = type(padding) in (tuple, list) and any(type(side) is not int for side in padding)
     if nested and any(isinstance(side, Sequence) for side in padding):
-        if len(padding) != 2 or not all(isinstance(s, Sequence) and len(s) == 2 for s in padding):
-            raise ValueError(f"padding: expected ((top, bottom), (left, right)), got {padding!r}")
-        top, bottom = pair("padding", padding[0], 0)
-        left, right = pair("padding", padding[1], 0)
-        return (top, bottom, left, right)
-    height, width = pair("padding", padding, 0)
-    return (height, height, width, width)
+        fits = all(isinstance(side, Sequence) and len(side) == 2 for side in padding)
+        if len(padding) != rank or not fits:
+            raise ValueError(f"padding: expected {SIDES[rank]}, got {padding!r}")
+        return tuple(zeros for sides in padding for zeros in pair("padding", sides, 0))
+    return tuple(zeros for zeros in spatial("padding", padding, rank, 0) for _ in range(2))
 
 
 def same_padding(extent: int, filter: int, stride: int, dilation: int) -> tuple[int, int]:
@@ -93,17 +112,16 @@ def same_padding(extent: int, filter: int, stride: int, dilation: int) -> tuple[
 
 def resolve_padding(
     padding: Padding,
-    extent: tuple[int, int],
-    filter: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of a call."""
+    extent: Sequence[int],
+    filter: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """(top, bottom, left, right) of a call, for any number of axes."""
     if padding != "same":
         return padding
-    rows = same_padding(extent[0], filter[0], stride[0], dilation[0])
-    columns = same_padding(extent[1], filter[1], stride[1], dilation[1])
-    return (*rows, *columns)
+    axes = zip(extent, filter, stride, dilation, strict=True)
+    return tuple(zeros for axis in axes for zeros in same_padding(*axis))
 
 
 def tensor(name: str, value: object) -> Tensor:
@@ -224,13 +242,14 @@ def prior_scale(name: str, value: Tensor) -> None:
 # --- whole calls ----------------------------------------------------------------------------------
 
 
-def batched_image(input: Tensor, num_samples: int) -> tuple[Tensor, bool]:
+def batched_image(input: Tensor, num_samples: int, rank: int = 2) -> tuple[Tensor, bool]:
+    """The input with a batch dimension, and whether that was added."""
     tensor("input", input)
-    if input.ndim == 4:
+    if input.ndim == rank + 2:
         return input, False
-    if input.ndim != 3:
+    if input.ndim != rank + 1:
         raise ValueError(
-            f"input: expected shape (N, C, H, W) or (C, H, W), got {tuple(input.shape)}"
+            f"input: expected shape (N, {IMAGE[rank]}) or ({IMAGE[rank]}), got {tuple(input.shape)}"
         )
     if num_samples != 1:
         raise ValueError(f"num_samples: expected 1 for an input without batch, got {num_samples}")
@@ -244,11 +263,13 @@ def conv_tensors(
     bias: Tensor | None,
     bias_rho: Tensor | None,
     groups: int,
+    rank: int = 2,
 ) -> None:
+    """Checks the tensors of a convolution with ``rank`` spatial axes, the input with its batch."""
     posterior("weight", weight, weight_rho, input)
     groups = integer("groups", groups, 1)
-    if weight.ndim != 4:
-        raise ValueError(f"weight: expected shape (K, C / groups, R, S), got {tuple(weight.shape)}")
+    if weight.ndim != rank + 2:
+        raise ValueError(f"weight: expected shape ({FILTER[rank]}), got {tuple(weight.shape)}")
     if 0 in weight.shape:
         raise ValueError(f"weight: expected no empty dimension, got {tuple(weight.shape)}")
     if weight.shape[0] % groups != 0:
@@ -305,15 +326,15 @@ def rows(input: Tensor, num_samples: int) -> None:
 
 
 def extents(
-    extent: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    filter: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
+    extent: Sequence[int],
+    padding: Sequence[int],
+    filter: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
 ) -> None:
     """A filter may just fail to fit (an empty output); beyond that there is no output at all."""
-    for axis in (0, 1):
-        padded = extent[axis] + padding[2 * axis] + padding[2 * axis + 1]
+    for axis, size in enumerate(extent):
+        padded = size + padding[2 * axis] + padding[2 * axis + 1]
         span = (filter[axis] - 1) * dilation[axis] + 1
         if padded - span + stride[axis] < 0:
             raise ValueError(

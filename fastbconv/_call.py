@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _arguments, activations, kl, noise, ops, reference, selection
+from . import _arguments, _composite, activations, kl, noise, ops, reference, selection
 from .kl import NormalPrior, Prior
 
 
@@ -24,10 +25,13 @@ def run(
     return_kl: bool,
     scale_floor: float | None,
     element_offset: tuple[int, int],
+    estimator: int,
+    row_offset: int,
     **convolution: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Checked arguments -> output and KL, by the operator or by the reference."""
+    """Checked arguments -> output and KL, by an operator, the reference or the composite."""
     _arguments.integer("num_samples", num_samples, 1)
+    row_offset = _arguments.integer("row_offset", row_offset, 0)
     element_offset = _arguments.element_offsets(element_offset)
     if not share_input:
         _arguments.rows(input, num_samples)
@@ -43,7 +47,9 @@ def run(
     closed = [isinstance(prior, NormalPrior) for prior in wanted]
     weight_numbers, weight_tensors = split_prior(wanted[0], weight, "prior")
     bias_numbers, bias_tensors = split_prior(wanted[1], bias, "bias_prior")
-    output, total, _, _ = backend(input).bconv2d(
+    estimator = estimator if weight_rho is not None else 0  # a point mass has one
+    operator, options = _operator(input, estimator, row_offset)
+    output, total, _, _ = operator(
         input,
         weight,
         weight_rho,
@@ -63,8 +69,8 @@ def run(
         offset_add=offset_add,
         element_offset=element_offset,
         algorithm=selection.ALGORITHM_ID[selection.CHOICE.name],
-        keep_weight=selection.CHOICE.keep_weight,
         save_pre_activation=False,
+        **options,
         **convolution,
     )
     if return_kl and not any(closed):
@@ -76,6 +82,21 @@ def run(
         draw = (seed, offset_add, element_offset[1], "bias", num_samples)
         total = total + monte_carlo_kl(wanted[1], bias, bias_rho, floor, draw)
     return output, total
+
+
+def _operator(
+    input: Tensor, estimator: int, row_offset: int
+) -> tuple[Callable[..., tuple[Tensor, ...]], dict[str, Any]]:
+    """What computes the call, and the options that only it has.
+
+    One and two dimensions have operators of their own, those of Flipout and local
+    reparameterisation on CPUs; everything else is composed.
+    """
+    own = backend(input)
+    if input.ndim == 4 and not estimator:
+        return own.bconv2d, {"keep_weight": selection.CHOICE.keep_weight}
+    options = {"estimator": estimator, "row_offset": row_offset}
+    return _composite.bind(own), options
 
 
 def _parameters(

@@ -260,6 +260,11 @@ def _fake_standard_normal(seed: Tensor, numel: int, **unused: Any) -> Tensor:
 
 
 @_fake
+def _fake_random_signs(seed: Tensor, numel: int, **unused: Any) -> Tensor:
+    return seed.new_empty((numel,), dtype=torch.float32)
+
+
+@_fake
 def _fake_philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
     return counter.new_empty(counter.shape)
 

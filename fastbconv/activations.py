@@ -148,6 +148,9 @@ def names(face: Face = "torch") -> tuple[str, ...]:
     return tuple(sorted([*fused, *_ALIASES, *_NOT_FUSED]))
 
 
+ActivationLike = str | Callable[[Tensor], Tensor] | Resolved | None
+
+
 def resolve(
     activation: str | Callable[[Tensor], Tensor] | Resolved | None,
     face: Face = "torch",

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _arguments
 from .activations import softplus
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -119,6 +120,24 @@ def resolve_prior(prior: PriorLike, name: str = "prior") -> Prior | None:
     if isinstance(scale, float) and not (scale > 0.0 and math.isfinite(scale)):
         raise ValueError(f"{name} scale: expected a positive finite number, got {scale}")
     return NormalPrior(loc, scale)
+
+
+def map_prior(
+    prior: Prior | None, parameter: Tensor, reshape: Callable[[Tensor], Tensor]
+) -> Prior | None:
+    """A prior whose tensors, which broadcast to a parameter, are reshaped as that parameter is.
+
+    Raises:
+        ValueError: a tensor that does not broadcast to ``parameter``.
+    """
+    if not isinstance(prior, NormalPrior):
+        return prior
+    parts = []
+    for part, value in (("loc", prior.loc), ("scale", prior.scale)):
+        if isinstance(value, Tensor) and value.ndim:
+            value = reshape(_arguments.prior_tensor(f"prior {part}", value, parameter))
+        parts.append(value)
+    return NormalPrior(*parts)
 
 
 def _check_number(value: object, name: str) -> float | Tensor:

@@ -1,12 +1,10 @@
 """Standard-normal noise by address: seeds, and the Python mirror of the native generator.
 
 A draw is a pure function of (key, offset + sample, stream, element) and of nothing else. The
-counter layout is Note [Noise addressing] of ``csrc/core/noise.h``; the integers here equal the
-native ones exactly, the float32 draws to a few units in the last place (the kernels use fixed
-polynomials).
+counter layout is Note [Noise addressing] of ``csrc/core/noise.h``.
 
-The functions named ``mirror_*`` are plain PyTorch and run on any device and under every transform.
-The public ones use the native generator where it is loaded, and return its bits.
+The functions named ``mirror_*`` are plain PyTorch (``_noise_mirror.py``). The public ones use the
+native generator where it is loaded, and return its bits.
 """
 
 from __future__ import annotations
@@ -21,23 +19,19 @@ import torch
 from torch import Tensor
 
 from ._arguments import integer, type_name
+from ._noise_mirror import STREAMS as STREAMS
+from ._noise_mirror import (
+    check_words,
+    children_of,
+    from_element_order,
+    mirror_philox4x32_10,
+    mirror_random_signs,
+    mirror_standard_normal,
+)
+from ._noise_mirror import mirror_derive_seeds as mirror_derive_seeds
+from ._noise_mirror import mirror_weight_eps as mirror_weight_eps
 from ._ranks import data_parallel_group as data_parallel_group
 from ._ranks import rank_offset as rank_offset
-
-STREAMS: Final[dict[str, int]] = {
-    "weight": 0,
-    "bias": 1,
-    "sign_input": 2,
-    "sign_output": 3,
-    "local": 4,
-    "rounding": 5,
-    "derive": 15,
-}
-
-_MASK32: Final = 0xFFFFFFFF
-_MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
-_WEYL: Final = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS: Final = 10
 
 
 def stream_id(stream: str | int) -> int:
@@ -151,7 +145,7 @@ def derive(seed: int | Tensor, index: int) -> Tensor:
     if not isinstance(index, Tensor):
         return derive_range(parent, integer("index", index, 0), 1)[0]
     block = torch.as_tensor(index, dtype=torch.int64, device=parent.device)
-    return _children(parent, block)
+    return children_of(parent, block)
 
 
 def derive_range(seed: int | Tensor, first: int, count: int) -> Tensor:
@@ -166,58 +160,7 @@ def derive_range(seed: int | Tensor, first: int, count: int) -> Tensor:
     return native.derive_seeds(parent, first, count)
 
 
-def mirror_derive_seeds(seed: Tensor, first: int, count: int) -> Tensor:
-    """derive_range in plain PyTorch."""
-    block = torch.arange(first, first + count, dtype=torch.int64, device=seed.device)
-    return _children(seed, block)
-
-
-def _children(parent: Tensor, block: Tensor) -> Tensor:
-    word = _noise_words(parent, block, STREAMS["derive"], 0)
-    return torch.stack((word[0] | (word[1] << 32), word[2] | (word[3] << 32)), dim=-1)
-
-
 # --- Philox4x32-10 --------------------------------------------------------------------------------
-
-
-def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> list[Tensor]:
-    """Ten rounds on int64 tensors that hold uint32 values. int64 products wrap modulo 2^64, so that
-    the low and (masked) high halves are those of the unsigned product."""
-    for _ in range(_ROUNDS):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = ((product1 >> 32) & _MASK32) ^ c1 ^ k0
-        c2 = ((product0 >> 32) & _MASK32) ^ c3 ^ k1
-        c1, c3 = product1 & _MASK32, product0 & _MASK32
-        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
-    return [c0, c1, c2, c3]
-
-
-def _noise_words(seed: Tensor, block: Tensor, stream: int, sample: int) -> list[Tensor]:
-    """The four words of each block: counter and key as in Note [Noise addressing]."""
-    key, offset = seed[0], seed[1] + sample
-    zero = torch.zeros_like(block)
-    return _rounds(
-        block & _MASK32,
-        ((block >> 32) & 0x0FFFFFFF) | (stream << 28),
-        (offset & _MASK32) + zero,
-        ((offset >> 32) & _MASK32) + zero,
-        key & _MASK32,
-        (key >> 32) & _MASK32,
-    )
-
-
-def _check_words(name: str, words: Tensor, last: int) -> None:
-    if words.dtype != torch.int64:
-        raise TypeError(f"{name}: expected int64 holding uint32 values, got {words.dtype}")
-    if words.ndim == 0 or words.shape[-1] != last:
-        raise ValueError(f"{name}: expected shape (..., {last}), got {tuple(words.shape)}")
-
-
-def mirror_philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
-    """philox4x32_10 in plain PyTorch."""
-    _check_words("counter", counter, 4)
-    _check_words("key", key, 2)
-    return torch.stack(_rounds(*counter.unbind(-1), *key.unbind(-1)), dim=-1)
 
 
 def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
@@ -234,8 +177,8 @@ def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
         TypeError: another dtype.
         ValueError: another last dimension.
     """
-    _check_words("counter", counter, 4)
-    _check_words("key", key, 2)
+    check_words("counter", counter, 4)
+    check_words("key", key, 2)
     native = _native_ops(counter.device)
     if native is None:
         return mirror_philox4x32_10(counter, key)
@@ -244,55 +187,6 @@ def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
 
 
 # --- normals --------------------------------------------------------------------------------------
-
-
-def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    """One pair of normals. u and the angle are rounded to float32 as the kernels round them; the
-    functions are then evaluated in float64 and rounded once."""
-    u = (radius_word >> 1).to(torch.float32) * 2.0**-31 + 2.0**-32
-    radius = torch.sqrt((-2.0 * torch.log(u.to(torch.float64))).clamp_min(0.0))
-    doubled = (angle_word << 1) & _MASK32
-    signed = doubled - ((doubled >> 31) << 32)
-    angle = (signed.to(torch.float32) * 2.0**-31).to(torch.float64) * (math.pi / 2)
-    sign = (1 - 2 * (angle_word >> 31)).to(torch.float64)
-    cosine, sine = radius * torch.cos(angle) * sign, radius * torch.sin(angle)
-    return cosine.to(torch.float32), sine.to(torch.float32)
-
-
-def mirror_standard_normal(
-    seed: Tensor, numel: int, *, stream: int = 0, sample: int = 0, element_offset: int = 0
-) -> Tensor:
-    """Draws of elements [element_offset, element_offset + numel) in plain PyTorch: (numel,)."""
-    first = element_offset // 4
-    last = (element_offset + numel + 3) // 4
-    block = torch.arange(first, last, dtype=torch.int64, device=seed.device)
-    word = _noise_words(seed, block, stream, sample)
-    pairs = (*_box_muller(word[0], word[1]), *_box_muller(word[2], word[3]))
-    start = element_offset - 4 * first
-    return torch.stack(pairs, dim=-1).flatten()[start : start + numel]
-
-
-def mirror_weight_eps(
-    seed: Tensor,
-    weight_shape: Sequence[int],
-    sample: int = 0,
-    *,
-    stream: int = 0,
-    element_offset: int = 0,
-) -> Tensor:
-    """weight_eps in plain PyTorch."""
-    numel = math.prod(weight_shape)
-    flat = mirror_standard_normal(
-        seed, numel, stream=stream, sample=sample, element_offset=element_offset
-    )
-    return _from_element_order(flat, weight_shape)
-
-
-def _from_element_order(flat: Tensor, shape: Sequence[int]) -> Tensor:
-    """(numel,) in element order (K, taps, C) -> ``shape`` = (K, C, *taps), as a view."""
-    if len(shape) < 2:
-        return flat.reshape(tuple(shape))
-    return flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 def standard_normal(
@@ -318,13 +212,61 @@ def standard_normal(
     Raises:
         ValueError: a negative size or offset, or an unknown stream.
     """
+    return _draw("standard_normal", seed, shape, sample, stream, element_offset)
+
+
+def random_signs(
+    seed: int | Tensor,
+    shape: int | Sequence[int],
+    *,
+    sample: int = 0,
+    stream: str | int = "sign_input",
+    element_offset: int = 0,
+) -> Tensor:
+    """Random signs, +1 or -1 with equal probability: the low bit of each element's word.
+
+    Flipout's signs of an input with N rows and C channels are
+    ``random_signs(seed, (N, C), stream="sign_input")``, those of its K output channels
+    ``random_signs(seed, (N, K), stream="sign_output")``.
+
+    Args:
+        seed: as in ``standard_normal``, like all that follows.
+        shape: shape of the result.
+        sample: see there.
+        stream: see there.
+        element_offset: see there.
+
+    Returns:
+        float32 tensor of shape ``shape`` on the device of ``seed``.
+
+    Raises:
+        ValueError: a negative size or offset, or an unknown stream.
+
+    Example:
+        >>> random_signs(7, (2, 3)).abs().sum()
+        tensor(6.)
+    """
+    return _draw("random_signs", seed, shape, sample, stream, element_offset)
+
+
+_MIRRORS: Final = {"standard_normal": mirror_standard_normal, "random_signs": mirror_random_signs}
+
+
+def _draw(
+    kind: str,
+    seed: int | Tensor,
+    shape: int | Sequence[int],
+    sample: int,
+    stream: str | int,
+    element_offset: int,
+) -> Tensor:
     shape = tuple(shape) if isinstance(shape, Sequence) else (integer("shape", shape, 0),)
     if any(size < 0 for size in shape):
         raise ValueError(f"shape: expected non-negative sizes, got {shape}")
     element_offset = integer("element_offset", element_offset, 0)
     seed = seed_tensor(seed)
     native = _native_ops(seed.device)
-    draw = mirror_standard_normal if native is None else native.standard_normal
+    draw = _MIRRORS[kind] if native is None else getattr(native, kind)
     flat = draw(
         seed,
         math.prod(shape),
@@ -367,7 +309,7 @@ def weight_eps(
         stream=stream,
         element_offset=element_offset,
     )
-    return _from_element_order(flat, tuple(weight_shape))
+    return from_element_order(flat, tuple(weight_shape))
 
 
 def _native_ops(device: torch.device) -> ModuleType | None:

@@ -304,6 +304,20 @@ def standard_normal(
     return op(seed, numel, stream=stream, sample=sample, element_offset=element_offset)
 
 
+def random_signs(
+    seed: Tensor, numel: int, *, stream: int, sample: int, element_offset: int
+) -> Tensor:
+    """float32 signs, +1 or -1, of elements [element_offset, element_offset + numel): (numel,).
+
+    .. code-block:: text
+
+        random_signs(Tensor seed, SymInt numel, *, int stream, int sample, int element_offset)
+            -> Tensor
+    """
+    op = _op("random_signs")
+    return op(seed, numel, stream=stream, sample=sample, element_offset=element_offset)
+
+
 def derive_seeds(seed: Tensor, first: int, count: int) -> Tensor:
     """Independent children of a seed: row i is noise.derive(seed, first + i), (count, 2).
 

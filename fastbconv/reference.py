@@ -8,14 +8,13 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import activations, kl, noise
+from ._library import convolve, outside_autocast, suggested_memory_format
 
 
 def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
@@ -28,6 +27,15 @@ def standard_normal(
 ) -> Tensor:
     """float32 draws of elements [element_offset, element_offset + numel): (numel,)."""
     return noise.mirror_standard_normal(
+        seed, numel, stream=stream, sample=sample, element_offset=element_offset
+    )
+
+
+def random_signs(
+    seed: Tensor, numel: int, *, stream: int, sample: int, element_offset: int
+) -> Tensor:
+    """float32 signs, +1 or -1, of elements [element_offset, element_offset + numel): (numel,)."""
+    return noise.mirror_random_signs(
         seed, numel, stream=stream, sample=sample, element_offset=element_offset
     )
 
@@ -159,7 +167,7 @@ def bconv2d(
     ``num_samples`` equal consecutive groups (all rows for each draw with ``share_input``). Products
     of bfloat16 and float16 values are summed in float32, and the output is rounded once.
     """
-    with _outside_autocast(input) as cast:
+    with outside_autocast(input) as cast:
         x = input.to(cast)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = _split_rows(x.to(wide), num_samples, share_input)
@@ -171,7 +179,7 @@ def bconv2d(
             bias = None
             if bias_loc is not None:
                 bias = _draw(bias_loc, bias_rho, seed, scale_floor, 1, at, element_offset[1])
-            outputs.append(_conv(part, weight, bias, stride, padding, dilation, groups))
+            outputs.append(convolve(part, weight, bias, stride, padding, dilation, groups))
             weights.append(weight)
         z = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         layout = suggested_memory_format(input)
@@ -239,61 +247,3 @@ def _split_rows(x: Tensor, num_samples: int, share_input: bool) -> Sequence[Tens
     if share_input or num_samples == 1:
         return [x] * num_samples
     return x.split(x.shape[0] // num_samples) if x.shape[0] else [x] * num_samples
-
-
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """F.conv2d with padding on four sides; an output without pixels is empty, not an error."""
-    top, bottom, left, right = padding
-    extents = [
-        (x.shape[axis + 2] + pad - (weight.shape[axis + 2] - 1) * dilation[axis] - 1)
-        // stride[axis]
-        + 1
-        for axis, pad in ((0, top + bottom), (1, left + right))
-    ]
-    if 0 in extents:
-        parts = x.sum() + weight.sum() + (0.0 if bias is None else bias.sum())
-        return (parts * 0.0).expand(x.shape[0], weight.shape[0], *extents)
-    if top == bottom and left == right and 0 not in x.shape[2:]:
-        pad = (top, left)
-    else:
-        x, pad = F.pad(x, (left, right, top, bottom)), (0, 0)
-    if x.dtype == torch.float64:  # ATen's float64 path wants the weight's gradient contiguous
-        x, weight = x.contiguous(), weight.contiguous()
-    return F.conv2d(x, weight, bias, tuple(stride), pad, tuple(dilation), groups)
-
-
-@contextmanager
-def _outside_autocast(input: Tensor) -> Iterator[torch.dtype]:
-    """Yields the dtype to compute in; inside, autocast is off: parameters and KL stay float32."""
-    device = input.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        yield input.dtype
-        return
-    cast = input.dtype if input.dtype == torch.float64 else torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        yield cast
-
-
-def suggested_memory_format(input: Tensor) -> torch.memory_format:
-    """Tensor::suggest_memory_format() of an image: the output takes this of the input.
-
-    A permutation of strides that could be read both ways counts as contiguous, as in ATen.
-    """
-    if input.ndim != 4 or input.stride(1) == 0:
-        return torch.contiguous_format
-    least = 0
-    for dim in (1, 3, 2, 0):
-        size, stride = input.shape[dim], input.stride(dim)
-        ambiguous = dim == 0 and least == input.stride(1)
-        if size == 0 or stride < least or ambiguous:
-            return torch.contiguous_format
-        least = stride * max(size, 1)
-    return torch.channels_last

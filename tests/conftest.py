@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import cuda_resources
@@ -56,3 +57,18 @@ def generator() -> torch.Generator:
 def seed() -> torch.Tensor:
     """A noise seed, (key, offset)."""
     return torch.tensor([0x243F6A8885A308D3, 7], dtype=torch.int64)
+
+
+ISAS = ("baseline", "avx2", "avx512")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set; one that this processor lacks stands for its best."""
+    native = _native.load()
+    before = native.current_isa()
+    native.limit_isa(request.param)
+    most = min(ISAS.index(request.param), ISAS.index(native.cpu_capability()))
+    assert native.current_isa() == ISAS[most]
+    yield request.param
+    native.limit_isa(before)

@@ -32,16 +32,20 @@ ALLOWED = {
     "activations": "",
     "contexts": "kl",
     "regularizers": "",
-    "kl": "activations",
+    "kl": "_arguments activations",
     "_transforms": "",  # the torch.func path of each operator
     "_fakes": "",  # what each operator returns, uncomputed
     "ops": "_arguments _fakes _native _transforms activations",
     "_ranks": "",
-    "noise": "_arguments _ranks ops",  # the native generator, asked for by name only
+    "_noise_mirror": "",
+    "noise": "_arguments _noise_mirror _ranks ops",  # the native generator, asked for by name only
     "selection": "_arguments _native ops",
-    "reference": "noise kl activations",
-    "_call": "_arguments activations kl noise ops reference selection",
-    "functional": "_arguments _call activations kl noise ops reference selection",
+    "estimators": "",  # how noise enters the affine map
+    "_library": "",  # the library's convolution
+    "reference": "_library noise kl activations",
+    "_composite": "_library activations estimators kl noise reference",
+    "_call": "_arguments _composite activations kl noise ops reference selection",
+    "functional": "_arguments _call activations estimators functional kl noise reference",
     "layers": "_arguments _call activations contexts functional kl layers noise regularizers",
     "grouped": "_arguments _call contexts layers models noise",
     "models": "_arguments contexts functional kl layers noise",

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import noise_golden as golden
@@ -15,32 +14,11 @@ import pytest
 import torch
 
 import fastbconv as fb
-from fastbconv import _native, noise, ops
+from fastbconv import noise, ops
 
 ROOT = Path(__file__).resolve().parents[1]
-ISAS = ["baseline", "avx2", "avx512"]
 ADDRESSES = golden.addresses().tolist()
 DRAWS = (ops.standard_normal, noise.mirror_standard_normal)
-
-Module = type(_native)
-
-
-@pytest.fixture(scope="module")
-def native() -> Module:
-    module = _native.load()
-    assert module is not None, "the native library is needed"
-    return module
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, native: Module) -> Iterator[str]:
-    """Each instruction set; one that this processor lacks stands for its best."""
-    before = native.current_isa()
-    native.limit_isa(request.param)
-    most = min(ISAS.index(request.param), ISAS.index(native.cpu_capability()))
-    assert native.current_isa() == ISAS[most]
-    yield request.param
-    native.limit_isa(before)
 
 
 @pytest.fixture(scope="module")

@@ -197,22 +197,29 @@ Tensors4 kl_normal_backward_cpu(const at::Tensor& grad_kl, const at::Tensor& loc
           split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
 }
 
-at::Tensor standard_normal_cpu(const at::Tensor& seed, int64_t numel, int64_t stream,
-                               int64_t sample, int64_t element_offset) {
-  expect_seed(seed.device(), seed);
-  TORCH_CHECK_VALUE(numel >= 0, "numel: expected a value of at least 0, got ", numel);
-  TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ",
-                    element_offset);
+using DrawKernel = void (*)(NoiseKey, Stream, uint64_t, int64_t, float*);
+
+at::Tensor draw_elements(DrawKernel kernel, const at::Tensor& seed, int64_t numel, int64_t stream,
+                         int64_t sample, int64_t element_offset) {
+  const Stream which = check_draw(seed, numel, stream, element_offset);
   const NoiseKey key = noise_key(seed, sample);
-  const Stream which = checked_stream(stream);
   at::Tensor out = at::empty({numel}, seed.options().dtype(at::kFloat));
   float* data = out.mutable_data_ptr<float>();
   const auto first = static_cast<uint64_t>(element_offset);
   at::parallel_for(0, numel, 16384, [&](int64_t begin, int64_t end) {
-    noise_kernels().normals(key, which, first + static_cast<uint64_t>(begin), end - begin,
-                            data + begin);
+    kernel(key, which, first + static_cast<uint64_t>(begin), end - begin, data + begin);
   });
   return out;
+}
+
+at::Tensor standard_normal_cpu(const at::Tensor& seed, int64_t numel, int64_t stream,
+                               int64_t sample, int64_t element_offset) {
+  return draw_elements(noise_kernels().normals, seed, numel, stream, sample, element_offset);
+}
+
+at::Tensor random_signs_cpu(const at::Tensor& seed, int64_t numel, int64_t stream, int64_t sample,
+                            int64_t element_offset) {
+  return draw_elements(noise_kernels().signs, seed, numel, stream, sample, element_offset);
 }
 
 uint32_t checked_word(const char* name, int64_t value) {
@@ -245,6 +252,7 @@ TORCH_LIBRARY_IMPL(fastbconv, CPU, m) {
   m.impl("kl_normal", kl_normal_cpu);
   m.impl("kl_normal_backward", kl_normal_backward_cpu);
   m.impl("standard_normal", standard_normal_cpu);
+  m.impl("random_signs", random_signs_cpu);
   m.impl("philox4x32_10", philox4x32_10_cpu);
 }
 

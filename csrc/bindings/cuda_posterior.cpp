@@ -234,22 +234,32 @@ Tensors4 kl_normal_backward_cuda(const at::Tensor& grad_kl, const at::Tensor& lo
           split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
 }
 
-at::Tensor standard_normal_cuda(const at::Tensor& seed, int64_t numel, int64_t stream,
-                                int64_t sample, int64_t element_offset) {
-  expect_seed(seed.device(), seed);
-  TORCH_CHECK_VALUE(numel >= 0, "numel: expected a value of at least 0, got ", numel);
-  TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ",
-                    element_offset);
-  const Stream which = checked_stream(stream);
+using DrawLauncher = int (*)(const int64_t*, int64_t, Stream, int64_t, int64_t, float*,
+                             cuda::StreamHandle);
+
+at::Tensor draw_elements(DrawLauncher launch, const char* op, const at::Tensor& seed, int64_t numel,
+                         int64_t stream, int64_t sample, int64_t element_offset) {
+  const Stream which = check_draw(seed, numel, stream, element_offset);
   const Guard guard(seed);
   const at::Tensor key = seed.contiguous();
   const at::Tensor out = at::empty({numel}, seed.options().dtype(at::kFloat));
   if (numel == 0) return out;
-  device::check_launch(
-      cuda::normals(key.const_data_ptr<int64_t>(), sample, which, element_offset, numel,
-                    out.mutable_data_ptr<float>(), device::current_stream(seed)),
-      {"fastbconv::standard_normal", "output", out.sizes()});
+  device::check_launch(launch(key.const_data_ptr<int64_t>(), sample, which, element_offset, numel,
+                              out.mutable_data_ptr<float>(), device::current_stream(seed)),
+                       {op, "output", out.sizes()});
   return out;
+}
+
+at::Tensor standard_normal_cuda(const at::Tensor& seed, int64_t numel, int64_t stream,
+                                int64_t sample, int64_t element_offset) {
+  return draw_elements(cuda::normals, "fastbconv::standard_normal", seed, numel, stream, sample,
+                       element_offset);
+}
+
+at::Tensor random_signs_cuda(const at::Tensor& seed, int64_t numel, int64_t stream, int64_t sample,
+                             int64_t element_offset) {
+  return draw_elements(cuda::signs, "fastbconv::random_signs", seed, numel, stream, sample,
+                       element_offset);
 }
 
 // Words beyond 32 bits, which the CPU refuses, are cut off: values are not looked at here.
@@ -290,6 +300,7 @@ TORCH_LIBRARY_IMPL(fastbconv, FBC_CUDA_KEY, m) {
   m.impl("kl_normal", kl_normal_cuda);
   m.impl("kl_normal_backward", kl_normal_backward_cuda);
   m.impl("standard_normal", standard_normal_cuda);
+  m.impl("random_signs", random_signs_cuda);
   m.impl("philox4x32_10", philox4x32_10_cuda);
   m.impl("derive_seeds", derive_seeds_cuda);
 }

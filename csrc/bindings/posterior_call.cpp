@@ -73,6 +73,14 @@ at::ScalarType checked_sample_dtype(const at::Tensor& loc, std::optional<at::Sca
   return type;
 }
 
+Stream check_draw(const at::Tensor& seed, int64_t numel, int64_t stream, int64_t element_offset) {
+  expect_seed(seed.device(), seed);
+  TORCH_CHECK_VALUE(numel >= 0, "numel: expected a value of at least 0, got ", numel);
+  TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ",
+                    element_offset);
+  return checked_stream(stream);
+}
+
 void check_philox(const at::Tensor& counter, const at::Tensor& key) {
   for (const auto& [name, tensor, words] :
        {std::tuple<const char*, const at::Tensor*, int64_t>("counter", &counter, 4),

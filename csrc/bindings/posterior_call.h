@@ -37,6 +37,9 @@ std::vector<int64_t> sample_sizes(const at::Tensor& loc, int64_t num_samples);
 // What a draw is stored in.
 at::ScalarType checked_sample_dtype(const at::Tensor& loc, std::optional<at::ScalarType> dtype);
 
+// Arguments of standard_normal and random_signs.
+Stream check_draw(const at::Tensor& seed, int64_t numel, int64_t stream, int64_t element_offset);
+
 // counter (..., 4) and key (..., 2) of philox4x32_10.
 void check_philox(const at::Tensor& counter, const at::Tensor& key);
 

@@ -70,6 +70,10 @@ void define_noise(torch::Library& m) {
       "standard_normal(Tensor seed, SymInt numel, *, int stream, int sample, int element_offset) "
       "-> Tensor");
 
+  m.def(
+      "random_signs(Tensor seed, SymInt numel, *, int stream, int sample, int element_offset) "
+      "-> Tensor");
+
   m.def("derive_seeds(Tensor seed, int first, int count) -> Tensor");
 
   m.def("philox4x32_10(Tensor counter, Tensor key) -> Tensor");

@@ -15,6 +15,7 @@
 // Words (0, 1) and (2, 3) give one Box-Muller pair each: the first word the radius,
 // u = (word >> 1 + 0.5) / 2^31, the second the angle: 31 bits over half a turn, the top bit the
 // cosine's sign. The first element of a pair takes the cosine, the second the sine.
+// A random sign is the low bit of its element's word: 0 means +1, 1 means -1.
 // |z| <= 6.66 (31-bit u; a normal exceeds it with probability 3e-11).
 #pragma once
 
@@ -91,6 +92,13 @@ FBC_INLINE float standard_normal(NoiseKey noise, Stream stream, uint64_t element
   const int pair = static_cast<int>(element & 2u);
   const NormalPair z = box_muller(pair ? w.word[2] : w.word[0], pair ? w.word[3] : w.word[1]);
   return (element & 1u) ? z.sine : z.cosine;
+}
+
+// +1 or -1: the draw of one element of a sign stream.
+FBC_INLINE float sign_of_word(uint32_t word) { return bits_to_float(0x3f800000u | (word << 31)); }
+FBC_INLINE float random_sign(NoiseKey noise, Stream stream, uint64_t element) {
+  const PhiloxWords w = noise_words(noise, stream, element / kElementsPerCounter);
+  return sign_of_word(w.word[element % kElementsPerCounter]);
 }
 
 // An independent child: the four words of block `index` in the derive stream.

@@ -28,7 +28,7 @@ namespace isa_avx512 {
 
 KernelTable<float> table_float() { return make_table<float>(); }
 KernelTable<double> table_double() { return make_table<double>(); }
-NoiseKernels table_noise() { return {normals}; }
+NoiseKernels table_noise() { return {normals, signs}; }
 }  // namespace isa_avx512
 }  // namespace fbc
 

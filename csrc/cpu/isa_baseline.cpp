@@ -19,6 +19,6 @@ namespace isa_baseline {
 
 KernelTable<float> table_float() { return make_table<float>(); }
 KernelTable<double> table_double() { return make_table<double>(); }
-NoiseKernels table_noise() { return {normals}; }
+NoiseKernels table_noise() { return {normals, signs}; }
 }  // namespace isa_baseline
 }  // namespace fbc

@@ -98,6 +98,8 @@ struct KernelTable {
 struct NoiseKernels {
   // out[i] = standard normal of element first + i
   void (*normals)(NoiseKey, Stream, uint64_t first, int64_t count, float* out);
+  // out[i] = the sign of element first + i: +1 or -1
+  void (*signs)(NoiseKey, Stream, uint64_t first, int64_t count, float* out);
 };
 
 template <typename T>

@@ -70,6 +70,9 @@ int posterior_backward(const PosteriorGradEntry<T>* entries, int count, StreamHa
 // out[i] = standard normal of element first + i of draw `sample`.
 int normals(const int64_t* seed, int64_t sample, Stream stream_number, int64_t first, int64_t count,
             float* out, StreamHandle stream);
+// out[i] = sign of element first + i of draw `sample`: +1 or -1.
+int signs(const int64_t* seed, int64_t sample, Stream stream_number, int64_t first, int64_t count,
+          float* out, StreamHandle stream);
 // out (count, 4) = Philox4x32-10 of counter (count, 4) and key (count, 2); int64 holding uint32.
 int philox(const int64_t* counter, const int64_t* key, int64_t count, int64_t* out,
            StreamHandle stream);

@@ -1,8 +1,10 @@
-// The noise itself: normals, raw Philox words and derived seeds.
+// The noise itself: normals, random signs, raw Philox words and derived seeds.
 //
-//   normals       out[i] = eps of element first + i          a thread: one Philox block, four
-//   elements philox        out[i] = Philox4x32-10(counter[i], key[i]) derive_seeds  out[i] = (word
-//   0 | word 1 << 32, word 2 | word 3 << 32) of block first + i, stream 15
+//   normals       out[i] = eps of element first + i       a thread: one Philox block, four elements
+//   signs         out[i] = sign of element first + i      likewise
+//   philox        out[i] = Philox4x32-10(counter[i], key[i])
+//   derive_seeds  out[i] = (word 0 | word 1 << 32, word 2 | word 3 << 32) of block first + i,
+//                          stream 15
 //
 // One launch covers everything, thread by thread; element accesses, bounds checked, no alignment
 // asked.
@@ -24,20 +26,38 @@ FBC_DEVICE NoiseKey key_of(const int64_t* seed, int64_t sample) {
           static_cast<uint64_t>(seed[1]) + static_cast<uint64_t>(sample)};
 }
 
-// shift: first % 4.
-FBC_KERNEL(kNoiseThreads, 4)
-void normals_kernel(const int64_t* seed, int64_t sample, Stream stream, uint64_t first,
-                    int64_t count, float* out) {
+// The four elements of one block, those inside [first, first + count) stored. draw(element, z) gives
+// those of the block that begins with `element`.
+template <typename Draw>
+FBC_DEVICE void draw_block(uint64_t first, int64_t count, float* out, Draw&& draw) {
   const uint64_t shift = first % kElementsPerCounter;
   const int64_t start = 4 * thread_number() - static_cast<int64_t>(shift);
   if (start >= count) return;
   float z[4];
-  normal_quad(key_of(seed, sample), stream,
-              (first - shift) + 4 * static_cast<uint64_t>(thread_number()), z);
+  draw((first - shift) + 4 * static_cast<uint64_t>(thread_number()), z);
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) {
     if (start + i >= 0 && start + i < count) out[start + i] = z[i];
   }
+}
+
+FBC_KERNEL(kNoiseThreads, 4)
+void normals_kernel(const int64_t* seed, int64_t sample, Stream stream, uint64_t first,
+                    int64_t count, float* out) {
+  const NoiseKey key = key_of(seed, sample);
+  draw_block(first, count, out,
+             [&](uint64_t element, float (&z)[4]) { normal_quad(key, stream, element, z); });
+}
+
+FBC_KERNEL(kNoiseThreads, 4)
+void signs_kernel(const int64_t* seed, int64_t sample, Stream stream, uint64_t first, int64_t count,
+                  float* out) {
+  const NoiseKey key = key_of(seed, sample);
+  draw_block(first, count, out, [&](uint64_t element, float (&z)[4]) {
+    const PhiloxWords words = noise_words(key, stream, element / kElementsPerCounter);
+    FBC_UNROLL
+    for (int j = 0; j < 4; ++j) z[j] = sign_of_word(words.word[j]);
+  });
 }
 
 FBC_KERNEL(kNoiseThreads, 4)
@@ -65,6 +85,9 @@ void derive_kernel(const int64_t* seed, int64_t first, int64_t count, int64_t* o
 
 // Grids are limited to 2^31 - 1 blocks; `threads` of them are wanted.
 inline bool fits(int64_t threads) { return threads < kNoiseThreads * ((int64_t{1} << 31) - 1); }
+inline int64_t quads_of(int64_t first, int64_t count) {
+  return count <= 0 ? 0 : (first % kElementsPerCounter + count + 3) / 4;
+}
 inline dim3 grid_of_threads(int64_t threads) {
   return dim3(static_cast<unsigned>((threads + kNoiseThreads - 1) / kNoiseThreads));
 }
@@ -73,10 +96,19 @@ inline dim3 grid_of_threads(int64_t threads) {
 
 int normals(const int64_t* seed, int64_t sample, Stream stream_number, int64_t first, int64_t count,
             float* out, StreamHandle stream) {
-  if (count <= 0) return 0;
-  const int64_t quads = (first % kElementsPerCounter + count + 3) / 4;
+  const int64_t quads = quads_of(first, count);
+  if (quads == 0) return 0;
   if (!fits(quads)) return 1;
   return gpu::launch(normals_kernel, grid_of_threads(quads), kNoiseThreads, 0, stream, seed, sample,
+                     stream_number, static_cast<uint64_t>(first), count, out);
+}
+
+int signs(const int64_t* seed, int64_t sample, Stream stream_number, int64_t first, int64_t count,
+          float* out, StreamHandle stream) {
+  const int64_t quads = quads_of(first, count);
+  if (quads == 0) return 0;
+  if (!fits(quads)) return 1;
+  return gpu::launch(signs_kernel, grid_of_threads(quads), kNoiseThreads, 0, stream, seed, sample,
                      stream_number, static_cast<uint64_t>(first), count, out);
 }
 

@@ -50,6 +50,15 @@ void test_normals(Random& random) {
                                standard_normal(noise, stream, first + static_cast<uint64_t>(i)));
     }
     CHECK(same && "normals equal their definition");
+    noise_kernels().signs(noise, stream, first, count, got.data());
+    same = true;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint64_t element = first + static_cast<uint64_t>(i);
+      const uint32_t word = noise_words(noise, stream, element / 4).word[element % 4];
+      same = same && got[static_cast<size_t>(i)] == ((word & 1u) != 0 ? -1.0f : 1.0f) &&
+             got[static_cast<size_t>(i)] == random_sign(noise, stream, element);
+    }
+    CHECK(same && "signs equal their definition");
   }
 }
 

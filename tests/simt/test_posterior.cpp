@@ -160,6 +160,13 @@ void noise(Suite& suite) {
         want[static_cast<size_t>(i)] =
             standard_normal(key, Stream::kLocal, static_cast<uint64_t>(first + i));
       suite.same_bits("normals", out, want);
+      out = test::poisoned<float>(count);
+      suite.launched("signs",
+                     signs(seed.data(), 5, Stream::kSignInput, first, count, out.data(), nullptr));
+      for (int64_t i = 0; i < count; ++i)
+        want[static_cast<size_t>(i)] =
+            random_sign(key, Stream::kSignInput, static_cast<uint64_t>(first + i));
+      suite.same_bits("signs", out, want);
     }
   Buffer<int64_t> derived = test::poisoned<int64_t>(2 * 300), want = derived;
   suite.launched("derive", derive_seeds(seed.data(), 17, 300, derived.data(), nullptr));

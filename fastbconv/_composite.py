@@ -1,0 +1,189 @@
+"""Convolutions composed of the sampling operators and the library's convolution: any number of
+spatial axes, every estimator, any device.
+
+This is the definition of Flipout and of local reparameterisation that the kernels are compared
+with, and what serves where there is no kernel: three-dimensional convolutions, CUDA, no native
+library. Autograd sees every step, so that drawn weights and signed inputs are saved for backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import activations, estimators, kl, noise, reference
+from ._library import convolve, outside_autocast, suggested_memory_format
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def bind(own: ModuleType) -> Callable[..., Outputs]:
+    """The composition with the sampling functions of ``own``: ``ops`` or ``reference``.
+
+    The result has the arguments of the operator bconv2d_affine, for any rank, and estimator 0 too.
+    It returns output, KL, pre-activation, and the deviation of local's pre-activation.
+    """
+
+    def call(*tensors: Tensor | None, **options: Any) -> Outputs:
+        return _Call(own, tensors, options).run()
+
+    return call
+
+
+class _Call:
+    """One convolution. Fields are the operator's arguments."""
+
+    def __init__(
+        self, own: ModuleType, tensors: Sequence[Tensor | None], options: dict[str, Any]
+    ) -> None:
+        self.input, self.loc, self.rho, self.bias, self.bias_rho, self.seed, *priors = tensors
+        self.own, self.options = own, options
+        prior = options["prior"]
+        self.weight_prior, self.bias_prior = priors[:2], priors[2:]
+        self.weight_numbers, self.bias_numbers = prior[:2], prior[2:]
+        self.estimator = options["estimator"]
+        self.num_samples = options["num_samples"]
+
+    def run(self) -> Outputs:
+        with outside_autocast(self.input) as cast:
+            return self._run(cast)
+
+    def _run(self, cast: torch.dtype) -> Outputs:
+        o = self.options
+        wide = torch.float64 if cast == torch.float64 else torch.float32
+        # PyTorch's 16-bit convolutions of a CPU are wrong for some shapes.
+        self.arithmetic = wide if self.input.device.type == "cpu" else cast
+        x = self.input.to(cast)
+        weights, kl_weight = self._weights(cast)
+        biases, kl_bias = self._biases()
+        rows = self._split(x.to(self.arithmetic))
+        outputs, deviations = [], []
+        for s, part in enumerate(rows):
+            z, deviation = self._pre_activation(part, weights, s)
+            if biases is not None:
+                z = z + biases[s].reshape(-1, *[1] * (z.ndim - 2))
+            outputs.append(z)
+            deviations += [] if deviation is None else [deviation]
+        z = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        layout = suggested_memory_format(self.input)
+        output = activations.apply(o["activation"], z, o["activation_param"])
+        output = output.to(cast).contiguous(memory_format=layout)
+        saved = deviation = x.new_empty((0,))
+        if o["save_pre_activation"]:
+            saved = z.to(cast).contiguous(memory_format=layout)
+        if deviations:
+            deviation = torch.cat(deviations).contiguous(memory_format=layout)
+        total = kl_weight + kl_bias if o["weight_kl"] or o["bias_kl"] else self.loc.new_empty((0,))
+        return output, total, saved, deviation
+
+    def _split(self, x: Tensor) -> Sequence[Tensor]:
+        if self.options["share_input"] or self.num_samples == 1 or not x.shape[0]:
+            return [x] * self.num_samples
+        return x.split(x.shape[0] // self.num_samples)
+
+    # --- draws ------------------------------------------------------------------------------------
+
+    def _sample(self, loc: Tensor, rho: Tensor | None, part: str, **changes: Any) -> Any:
+        """(draws, KL) of one posterior: num_samples draws, in the dtype asked for."""
+        o, bias = self.options, part == "bias"
+        arguments = {
+            "prior": self.bias_numbers if bias else self.weight_numbers,
+            "with_kl": False,
+            "scale_floor": o["scale_floor"],
+            "stream": noise.STREAMS[part],
+            "num_samples": self.num_samples,
+            "offset_add": o["offset_add"],
+            "element_offset": o["element_offset"][int(bias)],
+            "dtype": None,
+            **changes,
+        }
+        priors = self.bias_prior if bias else self.weight_prior
+        if not arguments["with_kl"]:
+            priors = (None, None)
+        return self.own.sample_posterior(loc, rho, self.seed, *priors, **arguments)
+
+    def _weights(self, cast: torch.dtype) -> tuple[Any, Tensor]:
+        """What the estimator multiplies the input with, and the KL of the weight."""
+        with_kl = self.options["weight_kl"] and self.rho is not None
+        narrow = None if cast == self.loc.dtype or cast == torch.float64 else cast
+        if self.estimator == 0:
+            drawn, total = self._sample(self.loc, self.rho, "weight", with_kl=with_kl, dtype=narrow)
+            return drawn, total if with_kl else self.loc.new_zeros(())
+        total = self.loc.new_zeros(())
+        if with_kl:
+            numbers, floor = self.weight_numbers, self.options["scale_floor"]
+            total = self.own.kl_normal(
+                self.loc, self.rho, *self.weight_prior, prior=numbers, scale_floor=floor
+            )
+        loc, _ = self._sample(self.loc, None, "weight", num_samples=1, dtype=narrow)
+        if self.estimator == estimators.LOCAL:
+            return (loc[0], kl.posterior_scale(self.rho, self.options["scale_floor"])), total
+        delta, _ = self._sample(torch.zeros_like(self.loc), self.rho, "weight", dtype=narrow)
+        return (loc[0], delta), total
+
+    def _biases(self) -> tuple[Tensor | None, Tensor]:
+        none = self.loc.new_zeros(())
+        if self.bias is None:
+            return None, none
+        with_kl = self.options["bias_kl"] and self.bias_rho is not None
+        drawn, total = self._sample(self.bias, self.bias_rho, "bias", with_kl=with_kl)
+        return drawn, total if with_kl else none
+
+    # --- one draw ---------------------------------------------------------------------------------
+
+    def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        o = self.options
+        geometry = (o["stride"], o["padding"], o["dilation"], o["groups"])
+        return convolve(x, weight, None, *geometry)
+
+    def _pre_activation(self, x: Tensor, weights: Any, s: int) -> tuple[Tensor, Tensor | None]:
+        """z of the rows of one draw, without bias, in the parameters' dtype; local's deviation."""
+        wide = self.loc.dtype
+        if self.estimator == 0:
+            return self._apply(x, weights[s].to(x.dtype)).to(wide), None
+        sample = self.options["offset_add"] + s
+        loc = weights[0].to(x.dtype)
+        if self.estimator == estimators.FLIPOUT:
+            signs = (
+                self._signs(x, channels, name, sample)
+                for name, channels in (("sign_input", x.shape[1]), ("sign_output", loc.shape[0]))
+            )
+            delta = weights[1][s].to(x.dtype)
+            return estimators.flipout(self._apply, x, loc, delta, *signs).to(wide), None
+        # The variance is summed in the parameters' dtype whatever that of the input.
+        scale, square = weights[1], x.to(wide).square()
+        deviation = estimators.guarded_sqrt(self._apply(square, scale.square()))
+        mean = self._apply(x, loc).to(wide)
+        return mean + deviation * self._eps(mean, sample), deviation
+
+    def _noise(self) -> ModuleType:
+        """Where signs and noise come from: inside a transform of torch.func from plain PyTorch."""
+        return reference if torch._C._are_functorch_transforms_active() else self.own
+
+    def _signs(self, x: Tensor, channels: int, stream: str, sample: int) -> Tensor:
+        """(N, channels, 1, ...): constant over space."""
+        drawn = self._noise().random_signs(
+            self.seed,
+            x.shape[0] * channels,
+            stream=noise.STREAMS[stream],
+            sample=sample,
+            element_offset=self.options["row_offset"] * channels,
+        )
+        return drawn.to(x.dtype).reshape(x.shape[0], channels, *[1] * (x.ndim - 2))
+
+    def _eps(self, z: Tensor, sample: int) -> Tensor:
+        """Noise of the entries of z (N, K, P, Q), numbered in the order N, P, Q, K."""
+        rows, filters, *extent = z.shape
+        drawn = self._noise().standard_normal(
+            self.seed,
+            z.numel(),
+            stream=noise.STREAMS["local"],
+            sample=sample,
+            element_offset=self.options["row_offset"] * math.prod(z.shape[1:]),
+        )
+        return drawn.to(z.dtype).reshape(rows, *extent, filters).movedim(-1, 1)
