@@ -48,7 +48,7 @@ void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out) {
     f.bias = bias.const_data_ptr();
   }
   f.shape = call.shape;
-  f.dtype = dtype_of(call.compute_dtype);
+  f.dtype = f.weight_dtype = f.output_dtype = dtype_of(call.compute_dtype);
   f.input = call.input->const_data_ptr();
   f.input_stride = image_strides(*call.input);
   f.output = out->output.mutable_data_ptr();
@@ -114,7 +114,7 @@ void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad
   const auto& table = methods<T>(method);
   DgradParams d = {};
   d.shape = call.shape;
-  d.dtype = dtype_of(call.compute_dtype);
+  d.dtype = d.weight_dtype = dtype_of(call.compute_dtype);
   d.grad = grad.const_data_ptr();
   d.grad_input = grad_input.mutable_data_ptr();
   d.grad_input_stride = image_strides(grad_input);
