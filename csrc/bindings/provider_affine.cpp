@@ -1,8 +1,11 @@
 // Flipout and local reparameterisation on the CPU: two products, each by the one-pass kernels of
 // csrc/cpu (the weight goes from the noise generator into packed tiles), and one elementwise pass.
 //
-//   Flipout   conv(x, loc) + t * conv(x * r, delta)       rows of few pixels; see affine_call.h
+//   Flipout   conv(x, loc) + t * conv(x * r, delta)
 //   local     conv(x, loc) + e * sqrt(conv(x^2, scale^2))
+//
+// Where an image has enough pixels, Flipout is one product with a weight formed for each image, and the
+// direct provider computes it (csrc/cpu/row_weights.inc).
 //
 // Local's variance and what is multiplied with its gradient are summed directly, never by Winograd:
 // a sum of positive terms must not cancel, and a gradient that is large where the deviation is small
@@ -15,6 +18,9 @@
 namespace fbc {
 
 namespace {
+
+// Pixels (tiles of Winograd) of an image from which Flipout forms a weight for it; measured.
+constexpr int64_t kRowWeightUses = 9;
 
 template <typename T>
 constexpr Dtype own_dtype() {
@@ -59,7 +65,7 @@ struct Product {
 
 // Products are formed in the parameters' dtype: the method that suits that, and never the library.
 template <typename T>
-const ConvKernels<T>* method_of(const ConvCall& call, Direction direction) {
+Algorithm method_of(const ConvCall& call, Direction direction) {
   ConvProblem problem = call.problem();
   problem.dtype = own_dtype<T>();
   const auto requested = static_cast<Algorithm>(call.options.algorithm);
@@ -69,7 +75,13 @@ const ConvKernels<T>* method_of(const ConvCall& call, Direction direction) {
       "algorithm: expected one that can compute the ", direction_name(direction),
       " of this convolution, got '", choice.name, "': ",
       choice.reason != nullptr ? choice.reason : "the operator has no library provider");
-  return choice.algorithm == Algorithm::kWinograd2 ? &kernels<T>().winograd2 : &kernels<T>().direct;
+  return choice.algorithm == Algorithm::kWinograd2 ? Algorithm::kWinograd2 : Algorithm::kDirect;
+}
+
+template <typename T>
+const ConvKernels<T>* kernels_of(const ConvCall& call, Direction direction) {
+  const bool winograd = method_of<T>(call, direction) == Algorithm::kWinograd2;
+  return winograd ? &kernels<T>().winograd2 : &kernels<T>().direct;
 }
 
 template <typename T>
@@ -78,9 +90,9 @@ Product<T> mean_product(const ConvCall& call, const ConvShape& shape) {
                         host_posterior_params<T>(call.weight),
                         dtype_of(call.compute_dtype),
                         false,
-                        method_of<T>(call, Direction::kFprop),
-                        method_of<T>(call, Direction::kDgrad),
-                        method_of<T>(call, Direction::kWgrad)};
+                        kernels_of<T>(call, Direction::kFprop),
+                        kernels_of<T>(call, Direction::kDgrad),
+                        kernels_of<T>(call, Direction::kWgrad)};
   return product;
 }
 
@@ -146,6 +158,28 @@ at::Tensor draw_signs(const ConvCall& call, Stream stream, int64_t channels) {
                           signs.mutable_data_ptr<float>() + sample * count);
   }
   return signs;
+}
+
+struct SignTables {
+  at::Tensor input, output;
+  FlipSigns pointers() const {
+    return {input.const_data_ptr<float>(), output.const_data_ptr<float>()};
+  }
+};
+
+SignTables sign_tables(const ConvCall& call) {
+  return {draw_signs(call, Stream::kSignInput, call.shape.C),
+          draw_signs(call, Stream::kSignOutput, call.shape.K)};
+}
+
+// Whether each vector of an image's weight is used often enough to be formed.
+bool has_row_weights(const ConvCall& call, Algorithm method, Direction direction) {
+  const ConvShape& s = call.shape;
+  const bool winograd = method == Algorithm::kWinograd2;
+  const int64_t height = direction == Direction::kDgrad ? s.H : s.P;
+  const int64_t width = direction == Direction::kDgrad ? s.W : s.Q;
+  const int64_t uses = winograd ? ((height + 1) / 2) * ((width + 1) / 2) : height * width;
+  return uses >= kRowWeightUses;
 }
 
 template <typename T>
@@ -234,19 +268,8 @@ void run_wgrad(const Product<T>& product, const at::Tensor& input, const at::Ten
 
 // What the products of a backward pass multiply: the two gradients, and the second input.
 struct Operands {
-  at::Tensor grad_mean, grad_second, second_input, sign_input;
+  at::Tensor grad_mean, grad_second, second_input;
 };
-
-template <typename T>
-Operands flipout_operands(const ConvCall& call, const at::Tensor& grad) {
-  Operands out;
-  out.sign_input = draw_signs(call, Stream::kSignInput, call.shape.C);
-  out.grad_mean = grad;
-  out.grad_second =
-      apply_signs<T>(call, grad, false, draw_signs(call, Stream::kSignOutput, call.shape.K));
-  out.second_input = apply_signs<T>(call, *call.input, call.shape.share_input, out.sign_input);
-  return out;
-}
 
 template <typename T>
 Operands local_operands(const ConvCall& call, const at::Tensor& grad, const at::Tensor& deviation) {
@@ -292,6 +315,78 @@ void combine_input_grad(const ConvCall& call, const at::Tensor& by_mean, const a
   });
 }
 
+// Both products of a weight's gradient.
+template <typename T>
+void run_wgrads(const Product<T>& mean, const Product<T>& second, const at::Tensor& input,
+                const Operands& operands, const PosteriorGrads<T>& grads) {
+  if (grads.grad_loc != nullptr) {
+    PosteriorGrads<T> by_loc = grads;
+    by_loc.grad_rho = by_loc.grad_prior_loc = by_loc.grad_prior_scale = nullptr;
+    run_wgrad(mean, input, operands.grad_mean, by_loc);
+  }
+  if (grads.grad_rho != nullptr || grads.grad_prior_loc != nullptr ||
+      grads.grad_prior_scale != nullptr) {
+    PosteriorGrads<T> rest = grads;
+    rest.grad_loc = nullptr;
+    run_wgrad(second, operands.second_input, operands.grad_second, rest);
+  }
+}
+
+// Both products of the input's gradient, and what makes one of them.
+template <typename T>
+void run_dgrads(const ConvCall& call, Product<T> mean, const Product<T>& second,
+                const Operands& operands, const at::Tensor& sign_input,
+                const at::Tensor& grad_input) {
+  mean.posterior = at_loc(mean.posterior);
+  const at::Tensor by_mean = run_dgrad(call, mean, operands.grad_mean);
+  const at::Tensor by_second = run_dgrad(call, second, operands.grad_second);
+  combine_input_grad<T>(call, by_mean, by_second, sign_input, grad_input);
+}
+
+template <typename T>
+void forward_by_rows(const ConvCall& call, Algorithm method, AffineOutputs* out) {
+  const SignTables signs = sign_tables(call);
+  ConvCall by_rows = call;
+  by_rows.signs = signs.pointers();
+  ConvOutputs result = {};
+  result.pre_activation = out->pre_activation;
+  forward_direct<T>(by_rows, method, &result);
+  out->output = result.output;
+  out->kl += result.kl;
+}
+
+// Each direction by weights of rows, or by two products.
+template <typename T>
+void backward_flipout(const ConvCall& call, const at::Tensor& grad, const at::Tensor& grad_input,
+                      const PosteriorGrads<T>& grads) {
+  const SignTables signs = sign_tables(call);
+  ConvCall by_rows = call;
+  by_rows.signs = signs.pointers();
+  const Algorithm dgrad = method_of<T>(call, Direction::kDgrad);
+  const Algorithm wgrad = method_of<T>(call, Direction::kWgrad);
+  const bool rows_of_dgrad = has_row_weights(call, dgrad, Direction::kDgrad);
+  const bool rows_of_wgrad = has_row_weights(call, wgrad, Direction::kWgrad);
+  const bool wants_weight = grads.grad_loc != nullptr || grads.grad_rho != nullptr ||
+                            grads.grad_prior_loc != nullptr || grads.grad_prior_scale != nullptr;
+  Operands operands;
+  operands.grad_mean = grad;
+  if ((wants_weight && !rows_of_wgrad) || (grad_input.defined() && !rows_of_dgrad)) {
+    operands.grad_second = apply_signs<T>(call, grad, false, signs.output);
+  }
+  const Product<T> second = second_product<T>(call), mean = mean_product<T>(call, call.shape);
+  if (wants_weight && rows_of_wgrad) {
+    wgrad_direct<T>(by_rows, wgrad, grad, grads);
+  } else if (wants_weight) {
+    operands.second_input = apply_signs<T>(call, *call.input, call.shape.share_input, signs.input);
+    run_wgrads(mean, second, *call.input, operands, grads);
+  }
+  if (grad_input.defined() && rows_of_dgrad) {
+    dgrad_direct<T>(by_rows, dgrad, grad, grad_input);
+  } else if (grad_input.defined()) {
+    run_dgrads(call, mean, second, operands, signs.input, grad_input);
+  }
+}
+
 }  // namespace
 
 // ---- the call -----------------------------------------------------------------------------------
@@ -299,6 +394,11 @@ void combine_input_grad(const ConvCall& call, const at::Tensor& by_mean, const a
 template <typename T>
 void forward_affine(const ConvCall& call, AffineOutputs* out) {
   const ConvShape& s = call.shape;
+  const Algorithm method = method_of<T>(call, Direction::kFprop);
+  if (is_flipout(call) && has_row_weights(call, method, Direction::kFprop)) {
+    forward_by_rows<T>(call, method, out);
+    return;
+  }
   const Product<T> second = second_product<T>(call);
   Product<T> mean = mean_product<T>(call, undrawn(s));
   mean.posterior = at_loc(mean.posterior);
@@ -339,27 +439,15 @@ void forward_affine(const ConvCall& call, AffineOutputs* out) {
 template <typename T>
 void backward_affine(const ConvCall& call, const at::Tensor& grad, const at::Tensor* deviation,
                      const at::Tensor& grad_input, const PosteriorGrads<T>& grads) {
-  const bool flipout = is_flipout(call);
-  const Operands operands =
-      flipout ? flipout_operands<T>(call, grad) : local_operands<T>(call, grad, *deviation);
+  if (is_flipout(call)) {
+    backward_flipout<T>(call, grad, grad_input, grads);
+    return;
+  }
+  const Operands operands = local_operands<T>(call, grad, *deviation);
   const Product<T> second = second_product<T>(call);
-  Product<T> mean = mean_product<T>(call, flipout ? call.shape : undrawn(call.shape));
-  if (grads.grad_loc != nullptr) {
-    PosteriorGrads<T> by_loc = grads;
-    by_loc.grad_rho = by_loc.grad_prior_loc = by_loc.grad_prior_scale = nullptr;
-    run_wgrad(mean, *call.input, operands.grad_mean, by_loc);
-  }
-  if (grads.grad_rho != nullptr || grads.grad_prior_loc != nullptr ||
-      grads.grad_prior_scale != nullptr) {
-    PosteriorGrads<T> rest = grads;
-    rest.grad_loc = nullptr;
-    run_wgrad(second, operands.second_input, operands.grad_second, rest);
-  }
-  if (!grad_input.defined()) return;
-  mean.posterior = at_loc(mean.posterior);
-  const at::Tensor by_mean = run_dgrad(call, mean, operands.grad_mean);
-  const at::Tensor by_second = run_dgrad(call, second, operands.grad_second);
-  combine_input_grad<T>(call, by_mean, by_second, operands.sign_input, grad_input);
+  const Product<T> mean = mean_product<T>(call, undrawn(call.shape));
+  run_wgrads(mean, second, *call.input, operands, grads);
+  if (grad_input.defined()) run_dgrads(call, mean, second, operands, at::Tensor(), grad_input);
 }
 
 template void forward_affine<float>(const ConvCall&, AffineOutputs*);

@@ -20,6 +20,13 @@ struct Parallel {
               void* context);
 };
 
+// Flipout: image n of the output rows is convolved with loc + (t_n r_n^T) * delta, whose delta is the
+// draw. The posterior's term is then kPerturbation. Null: no signs.
+struct FlipSigns {
+  const float* input;           // r: (output_rows, C)
+  const float* output;          // t: (output_rows, K)
+};
+
 struct FpropParams {
   ConvShape shape;
   Dtype dtype;                  // of input
@@ -28,6 +35,7 @@ struct FpropParams {
   const void* input;            // (N, H, W, C)
   ImageStrides input_stride;
   bool square_input;            // the convolution reads input^2
+  FlipSigns signs;
   void* output;                 // (output_rows, P, Q, K)
   void* pre_activation;         // like output; null: not wanted
   ImageStrides output_stride;
@@ -42,6 +50,7 @@ struct DgradParams {
   ConvShape shape;
   Dtype dtype;                  // of grad_input
   Dtype weight_dtype;           // draws are rounded to it
+  FlipSigns signs;
   const void* grad;             // (output_rows, P, Q, K) gradient by the pre-activation, NHWC, acc_t
   void* grad_input;             // (N, H, W, C)
   ImageStrides grad_input_stride;
@@ -53,6 +62,7 @@ struct WgradParams {
   const void* input;            // (N, H, W, C)
   ImageStrides input_stride;
   bool square_input;            // the gradient is that of a convolution of input^2
+  FlipSigns signs;
   const void* grad;             // (output_rows, P, Q, K), NHWC, acc_t
 };
 

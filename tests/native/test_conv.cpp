@@ -156,7 +156,7 @@ void check_problem(Random& random, const Problem& problem, bool winograd) {
         }
   CHECK(same && "fprop");
 
-  DgradParams dgrad = {s, dtype, dtype, grad.data(), got_dx.base, got_dx.stride};
+  DgradParams dgrad = {s, dtype, dtype, {}, grad.data(), got_dx.base, got_dx.stride};
   {
     harness::Workspace workspace(table.dgrad_workspace(dgrad, parallel.threads));
     table.dgrad(dgrad, posterior, parallel, workspace.data());
@@ -168,7 +168,7 @@ void check_problem(Random& random, const Problem& problem, bool winograd) {
         for (int64_t c = 0; c < s.C; ++c) same = same && want_dx.at(n, h, w, c) == got_dx.at(n, h, w, c);
   CHECK(same && "dgrad");
 
-  WgradParams wgrad = {s, dtype, input.base, input.stride, false, grad.data()};
+  WgradParams wgrad = {s, dtype, input.base, input.stride, false, {}, grad.data()};
   PosteriorGrads<T> grads = {};
   grads.grad_loc = got_dw.data();
   grads.grad_loc_stride = posterior.loc_stride;
