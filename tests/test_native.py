@@ -24,7 +24,13 @@ FLAGS = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
 ]
-PROGRAMS = {"test_math": [], "test_storage": [], "test_posterior": [], "test_conv": ["250"]}
+PROGRAMS = {
+    "test_math": [],
+    "test_storage": [],
+    "test_posterior": [],
+    "test_conv": ["250"],
+    "test_affine": ["80"],
+}
 
 
 def compiler() -> str:
