@@ -282,7 +282,15 @@ def test_native_functions_stay_under_sixty_lines(path: Path) -> None:
 
 TRACKED_TEXT = sorted(
     path
-    for pattern in ("*", "fastbconv/**/*", "csrc/**/*", "tests/**/*", "benchmarks/**/*", "docs/*", ".ci/*")
+    for pattern in (
+        "*",
+        "fastbconv/**/*",
+        "csrc/**/*",
+        "tests/**/*",
+        "benchmarks/**/*",
+        "docs/*",
+        ".ci/*",
+    )
     for path in ROOT.glob(pattern)
     if path.suffix in {".py", ".md", ".toml", ".h", ".inc", ".cpp", ".cu", ".cuh", ".txt", ".json"}
     or path.name in {"Makefile", "run"}
