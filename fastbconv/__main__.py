@@ -1,4 +1,4 @@
-"""``python -m fastbconv env | train | bench``."""
+"""``python -m fastbconv env | train | bench | keras-weights``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 _USAGE = """usage: python -m fastbconv COMMAND [options]
 
-  env     versions, compiler, instruction set, threads, how the native library was built
-  train   train a Bayesian CNN and report its calibration   (train --help)
-  bench   time the layers against their deterministic peers (bench --help)"""
+  env            versions, compiler, instruction set, threads, how the native library was built
+  train          train a Bayesian CNN and report its calibration   (train --help)
+  bench          time the layers against their deterministic peers (bench --help)
+  keras-weights  list or convert a weight file of Keras            (keras-weights --help)"""
+_COMMANDS = ("env", "train", "bench", "keras-weights")
 
 
 def env() -> int:
@@ -65,13 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _delegate("fastbconv.train.cli", "main", "train", arguments)
     if command == "bench":
         return _delegate("fastbconv.bench", "main", "bench", arguments)
+    if command == "keras-weights":
+        return _delegate("fastbconv.keras_weights.cli", "main", "keras", arguments)
     if command in ("-h", "--help", "help"):
         print(_USAGE)
         return 0
-    close = difflib.get_close_matches(command, ("env", "train", "bench"), 1)
+    close = difflib.get_close_matches(command, _COMMANDS, 1)
     meant = f" (did you mean {close[0]}?)" if close else ""
     print(
-        f"unknown command {command!r}{meant}: expected env, train or bench\n\n{_USAGE}",
+        f"unknown command {command!r}{meant}: expected one of {', '.join(_COMMANDS)}\n\n{_USAGE}",
         file=sys.stderr,
     )
     return 2

@@ -201,7 +201,8 @@ def test_commands(capsys, monkeypatch) -> None:
     assert command.main([]) == 0
     assert "usage" in capsys.readouterr().out
     assert command.main(["fly"]) == 2
-    assert "unknown command 'fly': expected env, train or bench" in capsys.readouterr().err
+    message = "unknown command 'fly': expected one of env, train, bench, keras-weights"
+    assert message in capsys.readouterr().err
     assert command.main(["envv"]) == 2
     assert "unknown command 'envv' (did you mean env?)" in capsys.readouterr().err
 

@@ -1,0 +1,91 @@
+"""The pages of docs/: their examples run, their links lead somewhere, their table is up to date."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+import fastbconv as fb
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+# A fence and what follows the language: ```python is ours, ```python tf is TensorFlow's.
+BLOCK = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+# Written by another hand than this page: see its own test once it is there.
+EXPECTED_LATER = {"tfp-coverage.md"}
+
+
+def write_keras_file(folder: Path) -> None:
+    """``model.h5``: the layers of the page's example, as ``model.save_weights`` writes them."""
+    rng = np.random.default_rng(0)
+    layers = {
+        "conv2d_reparameterization": ((5, 5, 3, 64), (64,)),
+        "dense_reparameterization": ((16 * 16 * 64, 10), (10,)),
+    }
+    names = ("kernel_posterior_loc:0", "kernel_posterior_untransformed_scale:0")
+    with h5py.File(folder / "model.h5", "w") as file:
+        file.attrs["layer_names"] = [name.encode() for name in layers]
+        for layer, (kernel, bias) in layers.items():
+            group = file.create_group(layer)
+            variables = [f"{layer}/{name}" for name in (*names, "bias_posterior_loc:0")]
+            group.attrs["weight_names"] = [name.encode() for name in variables]
+            for name, shape in zip(variables, (kernel, kernel, bias), strict=True):
+                group[name] = rng.standard_normal(shape, dtype=np.float32)
+
+
+FILES: dict[str, Callable[[Path], None]] = {"migrating-from-tfp.md": write_keras_file}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All blocks of a page in one namespace, in order, in a folder with the files they name."""
+    monkeypatch.chdir(tmp_path)
+    if page.name in FILES:
+        FILES[page.name](tmp_path)
+    text, namespace = page.read_text(encoding="utf-8"), {"__name__": "__main__"}
+    blocks = [found for found in BLOCK.finditer(text) if found[1].split()[:1] == ["python"]]
+    ours = [found for found in blocks if found[1].strip() == "python"]
+    assert all(found[1].strip() in ("python", "python tf") for found in blocks)
+    for found in ours:
+        line = text.count("\n", 0, found.start(2))
+        code = compile("\n" * line + found[2], str(page), "exec")
+        exec(code, namespace)
+    capsys.readouterr()
+    assert ours or page.name not in FILES
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(BLOCK, "", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        if file in EXPECTED_LATER and not path.exists():
+            continue
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{page.name}: {target}"
+
+
+def test_the_table_of_layers_is_up_to_date() -> None:
+    text = (DOCS / "migrating-from-tfp.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| `fb\.(\w+)` \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 15
+    for name, status in rows:
+        expected = "yes" if hasattr(fb, name) else "not yet"
+        assert status == expected, f"docs/migrating-from-tfp.md: fb.{name} is there: {expected}"
