@@ -44,8 +44,11 @@ class Operator:
     single: bool = False
 
 
+Op = Callable[[str], Any]
+
+
 def build(
-    op: Callable[[str], Any], from_pre_activation: Callable[[int], bool]
+    op: Op, from_pre_activation: Callable[[int], bool]
 ) -> dict[str, Callable[[Tensors, Options], Any]]:
     """The differentiable operators for use while a torch.func transform is active.
 
@@ -53,41 +56,50 @@ def build(
         op: looks an operator up by name, loading the library if need be.
         from_pre_activation: whether backward of an activation needs the pre-activation.
     """
+    operators = (
+        _convolution(op, from_pre_activation, "bconv2d", _kept_weight),
+        _convolution(op, from_pre_activation, "bconv2d_affine", _deviation),
+        *_posterior_operators(op),
+    )
+    return {operator.name: _transformable(operator) for operator in operators}
 
-    def conv_forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+
+def _kept_weight(last: Tensor, options: Options) -> Tensor | None:
+    return last if options["keep_weight"] else None
+
+
+def _deviation(last: Tensor, options: Options) -> Tensor | None:
+    return last if options["estimator"] == LOCAL else None
+
+
+def _convolution(
+    op: Op,
+    from_pre_activation: Callable[[int], bool],
+    name: str,
+    kept: Callable[[Tensor, Options], Tensor | None],
+) -> Operator:
+    """A convolution: output, KL, pre-activation, and a last result that backward may want."""
+
+    def forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
         keep = options["save_pre_activation"] or from_pre_activation(options["activation"])
-        return op("bconv2d")(*tensors, **{**options, "save_pre_activation": keep})
+        return op(name)(*tensors, **{**options, "save_pre_activation": keep})
 
-    def conv_extra(outputs: tuple[Tensor, ...], options: Options) -> Tensors:
-        output, _, pre_activation, weight = outputs
+    def extra(outputs: tuple[Tensor, ...], options: Options) -> Tensors:
+        output, _, pre_activation, last = outputs
         saved = pre_activation if from_pre_activation(options["activation"]) else output
-        kept = weight if options["keep_weight"] else None
-        return (None if options["activation"] == 0 else saved, kept)
+        return (None if options["activation"] == 0 else saved, kept(last, options))
 
-    def conv_backward(
+    def backward(
         grads: Tensors, tensors: Tensors, extra: Tensors, options: Options, mask: list[bool]
     ) -> tuple[Tensor, ...]:
         rest = _without(options, "keep_weight", "save_pre_activation")
         arguments = (*grads, tensors[0], *extra, *tensors[1:])
-        return op("bconv2d_backward")(*arguments, **rest, output_mask=mask)
+        return op(f"{name}_backward")(*arguments, **rest, output_mask=mask)
 
-    def affine_forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
-        keep = options["save_pre_activation"] or from_pre_activation(options["activation"])
-        return op("bconv2d_affine")(*tensors, **{**options, "save_pre_activation": keep})
+    return Operator(name, forward, backward, (0, 1, 2, 3, 4, 6, 7, 8, 9), 2, extra)
 
-    def affine_extra(outputs: tuple[Tensor, ...], options: Options) -> Tensors:
-        output, _, pre_activation, deviation = outputs
-        saved = pre_activation if from_pre_activation(options["activation"]) else output
-        kept = deviation if options["estimator"] == LOCAL else None
-        return (None if options["activation"] == 0 else saved, kept)
 
-    def affine_backward(
-        grads: Tensors, tensors: Tensors, extra: Tensors, options: Options, mask: list[bool]
-    ) -> tuple[Tensor, ...]:
-        rest = _without(options, "save_pre_activation")
-        arguments = (*grads, tensors[0], *extra, *tensors[1:])
-        return op("bconv2d_affine_backward")(*arguments, **rest, output_mask=mask)
-
+def _posterior_operators(op: Op) -> tuple[Operator, Operator]:
     def sample_backward(
         grads: Tensors, tensors: Tensors, extra: Tensors, options: Options, mask: list[bool]
     ) -> tuple[Tensor, ...]:
@@ -96,37 +108,24 @@ def build(
         arguments = (grads[0], grad_kl, *tensors)
         return op("sample_posterior_backward")(*arguments, **rest, output_mask=mask)
 
-    operators = (
-        Operator(
-            "bconv2d", conv_forward, conv_backward, (0, 1, 2, 3, 4, 6, 7, 8, 9), 2, conv_extra
-        ),
-        Operator(
-            "bconv2d_affine",
-            affine_forward,
-            affine_backward,
-            (0, 1, 2, 3, 4, 6, 7, 8, 9),
-            2,
-            affine_extra,
-        ),
-        Operator(
-            "sample_posterior",
-            lambda tensors, options: op("sample_posterior")(*tensors, **options),
-            sample_backward,
-            (0, 1, 3, 4),
-            2,
-        ),
-        Operator(
-            "kl_normal",
-            lambda tensors, options: (op("kl_normal")(*tensors, **options),),
-            lambda grads, tensors, extra, options, mask: op("kl_normal_backward")(
-                *grads, *tensors, **options, output_mask=mask
-            ),
-            (0, 1, 2, 3),
-            1,
-            single=True,
-        ),
+    sample = Operator(
+        "sample_posterior",
+        lambda tensors, options: op("sample_posterior")(*tensors, **options),
+        sample_backward,
+        (0, 1, 3, 4),
+        2,
     )
-    return {operator.name: _transformable(operator) for operator in operators}
+    divergence = Operator(
+        "kl_normal",
+        lambda tensors, options: (op("kl_normal")(*tensors, **options),),
+        lambda grads, tensors, extra, options, mask: op("kl_normal_backward")(
+            *grads, *tensors, **options, output_mask=mask
+        ),
+        (0, 1, 2, 3),
+        1,
+        single=True,
+    )
+    return sample, divergence
 
 
 def _without(options: Options, *names: str) -> Options:
