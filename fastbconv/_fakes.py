@@ -143,6 +143,58 @@ def _fake_bconv2d_backward(
 
 
 @_fake
+def _fake_bconv2d_affine(
+    input: Tensor,
+    weight_loc: Tensor,
+    *parameters: Tensor | None,
+    estimator: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    output, kl, saved, _ = _fake_bconv2d(
+        input, weight_loc, *parameters, keep_weight=False, **options
+    )
+    deviation = weight_loc.new_empty((0,))
+    if estimator == 2:
+        dense = weight_loc.new_empty((input.shape[0], *output.shape[2:], output.shape[1]))
+        deviation = dense.permute(0, 3, 1, 2)
+    return output, kl, saved, deviation
+
+
+@_fake
+def _fake_bconv2d_affine_backward(
+    grad_output: Tensor,
+    grad_kl: Tensor | None,
+    input: Tensor,
+    saved: Tensor | None,
+    deviation: Tensor | None,
+    *parameters: Tensor | None,
+    output_mask: Sequence[bool],
+    **unused: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of bconv2d_affine by its nine floating-point tensors, those in ``output_mask``.
+
+    .. code-block:: text
+
+        bconv2d_affine_backward(Tensor grad_output, Tensor? grad_kl, Tensor input, Tensor? saved,
+            Tensor? deviation, Tensor weight_loc, Tensor weight_rho, Tensor? bias_loc,
+            Tensor? bias_rho, Tensor seed, Tensor? prior_loc, Tensor? prior_scale,
+            Tensor? bias_prior_loc, Tensor? bias_prior_scale, *, int estimator, float[] prior,
+            bool weight_kl, bool bias_kl, float scale_floor, int[] stride, int[] padding,
+            int[] dilation, int groups, int activation, float activation_param, int num_samples,
+            bool share_input, int offset_add, int[] element_offset, int row_offset, int algorithm,
+            bool[] output_mask)
+            -> (Tensor grad_input, Tensor grad_weight_loc, Tensor grad_weight_rho,
+                Tensor grad_bias_loc, Tensor grad_bias_rho, Tensor grad_prior_loc,
+                Tensor grad_prior_scale, Tensor grad_bias_prior_loc, Tensor grad_bias_prior_scale)
+
+    ``saved`` is as in bconv2d_backward.
+    """
+    return _fake_bconv2d_backward(
+        grad_output, grad_kl, input, saved, None, *parameters, output_mask=output_mask
+    )
+
+
+@_fake
 def _fake_sample_posterior(
     loc: Tensor,
     *rest: Tensor | None,

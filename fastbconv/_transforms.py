@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .estimators import LOCAL
+
 Tensors = tuple[Tensor | None, ...]
 Options = dict[str, Any]
 
@@ -69,6 +71,23 @@ def build(
         arguments = (*grads, tensors[0], *extra, *tensors[1:])
         return op("bconv2d_backward")(*arguments, **rest, output_mask=mask)
 
+    def affine_forward(tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
+        keep = options["save_pre_activation"] or from_pre_activation(options["activation"])
+        return op("bconv2d_affine")(*tensors, **{**options, "save_pre_activation": keep})
+
+    def affine_extra(outputs: tuple[Tensor, ...], options: Options) -> Tensors:
+        output, _, pre_activation, deviation = outputs
+        saved = pre_activation if from_pre_activation(options["activation"]) else output
+        kept = deviation if options["estimator"] == LOCAL else None
+        return (None if options["activation"] == 0 else saved, kept)
+
+    def affine_backward(
+        grads: Tensors, tensors: Tensors, extra: Tensors, options: Options, mask: list[bool]
+    ) -> tuple[Tensor, ...]:
+        rest = _without(options, "save_pre_activation")
+        arguments = (*grads, tensors[0], *extra, *tensors[1:])
+        return op("bconv2d_affine_backward")(*arguments, **rest, output_mask=mask)
+
     def sample_backward(
         grads: Tensors, tensors: Tensors, extra: Tensors, options: Options, mask: list[bool]
     ) -> tuple[Tensor, ...]:
@@ -80,6 +99,14 @@ def build(
     operators = (
         Operator(
             "bconv2d", conv_forward, conv_backward, (0, 1, 2, 3, 4, 6, 7, 8, 9), 2, conv_extra
+        ),
+        Operator(
+            "bconv2d_affine",
+            affine_forward,
+            affine_backward,
+            (0, 1, 2, 3, 4, 6, 7, 8, 9),
+            2,
+            affine_extra,
         ),
         Operator(
             "sample_posterior",

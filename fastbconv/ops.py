@@ -153,6 +153,33 @@ def bconv2d(
     return _call("bconv2d", tensors, options)
 
 
+def bconv2d_affine(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+    """One convolution by Flipout or local reparameterisation: output, KL, pre-activation, and the
+    deviation of local's pre-activation. Arguments as in bconv2d but for four.
+
+    .. code-block:: text
+
+        bconv2d_affine(Tensor input, Tensor weight_loc, Tensor weight_rho, Tensor? bias_loc,
+            Tensor? bias_rho, Tensor seed, Tensor? prior_loc, Tensor? prior_scale,
+            Tensor? bias_prior_loc, Tensor? bias_prior_scale, *, int estimator, float[] prior,
+            bool weight_kl, bool bias_kl, float scale_floor, int[] stride, int[] padding,
+            int[] dilation, int groups, int activation, float activation_param, int num_samples,
+            bool share_input, int offset_add, int[] element_offset, int row_offset, int algorithm,
+            bool save_pre_activation)
+            -> (Tensor output, Tensor kl, Tensor pre_activation, Tensor deviation)
+
+    ``estimator``: 1 Flipout, 2 local (``fastbconv.estimators``). ``row_offset``: number of the
+    first row of every draw, for signs and local noise. ``algorithm`` 4 is refused.
+
+    Shape:
+        deviation (N, K, P, Q) in NHWC memory and the dtype of the parameters for local, else (0,).
+    Differentiable by input, the parameters and the prior tensors, once, in reverse mode.
+    """
+    if torch._C._are_functorch_transforms_active():
+        tensors = (_autocast(tensors[0]), *tensors[1:])
+    return _call("bconv2d_affine", tensors, options)
+
+
 def sample_posterior(
     loc: Tensor,
     rho: Tensor | None,

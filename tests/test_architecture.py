@@ -33,7 +33,7 @@ ALLOWED = {
     "contexts": "kl",
     "regularizers": "",
     "kl": "_arguments activations",
-    "_transforms": "",  # the torch.func path of each operator
+    "_transforms": "estimators",  # the torch.func path of each operator
     "_fakes": "",  # what each operator returns, uncomputed
     "ops": "_arguments _fakes _native _transforms activations",
     "_ranks": "",

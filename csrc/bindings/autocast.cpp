@@ -10,15 +10,18 @@ namespace fbc {
 
 namespace {
 
-template <typename Signature>
+constexpr char kBconv2d[] = "fastbconv::bconv2d";
+constexpr char kBconv2dAffine[] = "fastbconv::bconv2d_affine";
+
+template <const char* name, typename Signature>
 struct CastInput;
 
-template <typename Result, typename... Rest>
-struct CastInput<Result(const at::Tensor&, Rest...)> {
+template <const char* name, typename Result, typename... Rest>
+struct CastInput<name, Result(const at::Tensor&, Rest...)> {
   static Result call(const at::Tensor& input, Rest... rest) {
     static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fastbconv::bconv2d", "")
-                               .typed<Result(const at::Tensor&, Rest...)>();
+                               .findSchemaOrThrow(name, "")
+                               .template typed<Result(const at::Tensor&, Rest...)>();
     const at::DeviceType device = input.device().type();
     c10::impl::ExcludeDispatchKeyGuard no_autocast(
         c10::DispatchKeySet{c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
@@ -27,13 +30,14 @@ struct CastInput<Result(const at::Tensor&, Rest...)> {
   }
 };
 
+void cast_inputs(torch::Library& m) {
+  m.impl("bconv2d", CastInput<kBconv2d, Bconv2dSignature>::call);
+  m.impl("bconv2d_affine", CastInput<kBconv2dAffine, Bconv2dAffineSignature>::call);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastbconv, AutocastCPU, m) {
-  m.impl("bconv2d", CastInput<Bconv2dSignature>::call);
-}
-TORCH_LIBRARY_IMPL(fastbconv, AutocastCUDA, m) {
-  m.impl("bconv2d", CastInput<Bconv2dSignature>::call);
-}
+TORCH_LIBRARY_IMPL(fastbconv, AutocastCPU, m) { cast_inputs(m); }
+TORCH_LIBRARY_IMPL(fastbconv, AutocastCUDA, m) { cast_inputs(m); }
 
 }  // namespace fbc

@@ -179,11 +179,14 @@ TORCH_LIBRARY_IMPL(fastbconv, Autograd, m) {
   m.impl("sample_posterior", sample_posterior_autograd);
   m.impl("kl_normal", kl_normal_autograd);
   m.impl("bconv2d_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
+  m.impl("bconv2d_affine_backward",
+         torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
   m.impl("sample_posterior_backward",
          torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
   m.impl("sample_posterior_list_backward",
          torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
   m.impl("kl_normal_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
+  m.impl("random_signs", torch::CppFunction::makeFallthrough());
   m.impl("standard_normal", torch::CppFunction::makeFallthrough());  // integers in, no derivative
   m.impl("derive_seeds", torch::CppFunction::makeFallthrough());
   m.impl("philox4x32_10", torch::CppFunction::makeFallthrough());

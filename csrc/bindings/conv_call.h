@@ -10,6 +10,7 @@
 #include <array>
 
 #include "../core/activation.h"
+#include "../cpu/kernels.h"
 #include "../cpu/select.h"
 #include "signatures.h"
 #include "tensor_args.h"
@@ -25,6 +26,7 @@ struct ConvCall {
   PosteriorTensors bias;         // bias.loc null: no bias
   c10::MemoryFormat format;      // of the input, so of the output
   at::ScalarType compute_dtype;  // of the input
+  FlipSigns signs = {};          // for the direct provider: Flipout by weights of rows
 
   bool has_bias() const { return bias.loc != nullptr; }
   bool wants_kl() const { return options.weight_kl || options.bias_kl; }

@@ -17,6 +17,14 @@ const ConvKernels<T>& methods(Algorithm method) {
   return method == Algorithm::kWinograd2 ? kernels<T>().winograd2 : kernels<T>().direct;
 }
 
+// What is drawn: with signs only the perturbation.
+template <typename T>
+PosteriorParams<T> weight_params(const ConvCall& call) {
+  PosteriorParams<T> p = host_posterior_params<T>(call.weight);
+  if (call.signs.input != nullptr) p.term = WeightTerm::kPerturbation;
+  return p;
+}
+
 // A linear layer's incoming gradient, where it already has the memory and dtype that kernels read.
 bool can_use_as_is(const ConvCall& call, const ConvBackward& back) {
   return back.saved == nullptr && back.grad_output->scalar_type() == call.parameter_dtype() &&
@@ -39,7 +47,7 @@ at::Tensor draw_bias(const ConvCall& call, double* kl) {
 template <typename T>
 void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out) {
   const auto& table = methods<T>(method);
-  const auto p = host_posterior_params<T>(call.weight);
+  const auto p = weight_params<T>(call);
   out->output = empty_output(call);
   FpropParams f = {};
   at::Tensor bias;
@@ -48,9 +56,10 @@ void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out) {
     f.bias = bias.const_data_ptr();
   }
   f.shape = call.shape;
-  f.dtype = dtype_of(call.compute_dtype);
+  f.dtype = f.weight_dtype = f.output_dtype = dtype_of(call.compute_dtype);
   f.input = call.input->const_data_ptr();
   f.input_stride = image_strides(*call.input);
+  f.signs = call.signs;
   f.output = out->output.mutable_data_ptr();
   f.output_stride = image_strides(out->output);
   if (out->pre_activation.defined()) f.pre_activation = out->pre_activation.mutable_data_ptr();
@@ -114,13 +123,14 @@ void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad
   const auto& table = methods<T>(method);
   DgradParams d = {};
   d.shape = call.shape;
-  d.dtype = dtype_of(call.compute_dtype);
+  d.dtype = d.weight_dtype = dtype_of(call.compute_dtype);
+  d.signs = call.signs;
   d.grad = grad.const_data_ptr();
   d.grad_input = grad_input.mutable_data_ptr();
   d.grad_input_stride = image_strides(grad_input);
   const Parallel parallel = parallel_loop();
   const at::Tensor scratch = workspace(table.dgrad_workspace(d, parallel.threads));
-  table.dgrad(d, host_posterior_params<T>(call.weight), parallel, scratch.mutable_data_ptr());
+  table.dgrad(d, weight_params<T>(call), parallel, scratch.mutable_data_ptr());
 }
 
 template <typename T>
@@ -132,11 +142,11 @@ void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad
   w.dtype = dtype_of(call.compute_dtype);
   w.input = call.input->const_data_ptr();
   w.input_stride = image_strides(*call.input);
+  w.signs = call.signs;
   w.grad = grad.const_data_ptr();
   const Parallel parallel = parallel_loop();
   const at::Tensor scratch = workspace(table.wgrad_workspace(w, parallel.threads));
-  table.wgrad(w, host_posterior_params<T>(call.weight), grads, parallel,
-              scratch.mutable_data_ptr());
+  table.wgrad(w, weight_params<T>(call), grads, parallel, scratch.mutable_data_ptr());
 }
 
 template at::Tensor draw_bias<float>(const ConvCall&, double*);

@@ -28,6 +28,32 @@ void define_convolution(torch::Library& m) {
       "Tensor grad_prior_scale, Tensor grad_bias_prior_loc, Tensor grad_bias_prior_scale)");
 }
 
+// Flipout (estimator 1) and local reparameterisation (2): the pre-activation is random by itself.
+void define_affine(torch::Library& m) {
+  m.def(
+      "bconv2d_affine(Tensor input, Tensor weight_loc, Tensor weight_rho, Tensor? bias_loc, "
+      "Tensor? bias_rho, Tensor seed, Tensor? prior_loc, Tensor? prior_scale, "
+      "Tensor? bias_prior_loc, Tensor? bias_prior_scale, *, int estimator, float[] prior, "
+      "bool weight_kl, bool bias_kl, float scale_floor, int[] stride, int[] padding, "
+      "int[] dilation, int groups, int activation, float activation_param, int num_samples, "
+      "bool share_input, int offset_add, int[] element_offset, int row_offset, int algorithm, "
+      "bool save_pre_activation) "
+      "-> (Tensor output, Tensor kl, Tensor pre_activation, Tensor deviation)");
+
+  m.def(
+      "bconv2d_affine_backward(Tensor grad_output, Tensor? grad_kl, Tensor input, Tensor? saved, "
+      "Tensor? deviation, Tensor weight_loc, Tensor weight_rho, Tensor? bias_loc, "
+      "Tensor? bias_rho, Tensor seed, Tensor? prior_loc, Tensor? prior_scale, "
+      "Tensor? bias_prior_loc, Tensor? bias_prior_scale, *, int estimator, float[] prior, "
+      "bool weight_kl, bool bias_kl, float scale_floor, int[] stride, int[] padding, "
+      "int[] dilation, int groups, int activation, float activation_param, int num_samples, "
+      "bool share_input, int offset_add, int[] element_offset, int row_offset, int algorithm, "
+      "bool[] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_weight_loc, Tensor grad_weight_rho, "
+      "Tensor grad_bias_loc, Tensor grad_bias_rho, Tensor grad_prior_loc, "
+      "Tensor grad_prior_scale, Tensor grad_bias_prior_loc, Tensor grad_bias_prior_scale)");
+}
+
 void define_draws(torch::Library& m) {
   m.def(
       "sample_posterior(Tensor loc, Tensor? rho, Tensor seed, Tensor? prior_loc, "
@@ -84,6 +110,7 @@ void define_noise(torch::Library& m) {
 TORCH_LIBRARY(fastbconv, m) {
   m.set_python_module("fastbconv.ops");  // registers the fakes
   define_convolution(m);
+  define_affine(m);
   define_draws(m);
   define_divergence(m);
   define_noise(m);

@@ -42,6 +42,29 @@ using Bconv2dBackwardSignature = Tensors9(
     bool share_input, int64_t offset_add, at::IntArrayRef element_offset, int64_t algorithm,
     std::array<bool, 9> output_mask);
 
+using Bconv2dAffineSignature = Tensors4(
+    const at::Tensor& input, const at::Tensor& weight_loc, const at::Tensor& weight_rho,
+    const OptionalTensor& bias_loc, const OptionalTensor& bias_rho, const at::Tensor& seed,
+    const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+    const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale, int64_t estimator,
+    Doubles prior, bool weight_kl, bool bias_kl, double scale_floor, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t activation,
+    double activation_param, int64_t num_samples, bool share_input, int64_t offset_add,
+    at::IntArrayRef element_offset, int64_t row_offset, int64_t algorithm,
+    bool save_pre_activation);
+
+using Bconv2dAffineBackwardSignature = Tensors9(
+    const at::Tensor& grad_output, const OptionalTensor& grad_kl, const at::Tensor& input,
+    const OptionalTensor& saved, const OptionalTensor& deviation, const at::Tensor& weight_loc,
+    const at::Tensor& weight_rho, const OptionalTensor& bias_loc, const OptionalTensor& bias_rho,
+    const at::Tensor& seed, const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+    const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale, int64_t estimator,
+    Doubles prior, bool weight_kl, bool bias_kl, double scale_floor, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t activation,
+    double activation_param, int64_t num_samples, bool share_input, int64_t offset_add,
+    at::IntArrayRef element_offset, int64_t row_offset, int64_t algorithm,
+    std::array<bool, 9> output_mask);
+
 using SamplePosteriorSignature = Tensors2(const at::Tensor& loc, const OptionalTensor& rho,
                                           const at::Tensor& seed, const OptionalTensor& prior_loc,
                                           const OptionalTensor& prior_scale, Doubles prior,
@@ -80,7 +103,8 @@ using KlNormalBackwardSignature = Tensors4(const at::Tensor& grad_kl, const at::
                                            const OptionalTensor& prior_scale, Doubles prior,
                                            double scale_floor, std::array<bool, 4> output_mask);
 
-// Every non-tensor argument that bconv2d and bconv2d_backward share.
+// Every non-tensor argument that bconv2d and bconv2d_backward share, and the two that only the
+// bconv2d_affine operators have.
 struct ConvOptions {
   std::array<double, 4> prior;  // weight loc, weight scale, bias loc, bias scale
   double scale_floor;
@@ -96,6 +120,8 @@ struct ConvOptions {
   int64_t offset_add;
   std::array<int64_t, 2> element_offset;  // weight, bias
   int64_t algorithm;
+  int64_t estimator = 0;   // of core/estimator.h
+  int64_t row_offset = 0;  // number of the first row of every draw
 };
 
 template <size_t kLength, typename T>

@@ -42,6 +42,14 @@ FBC_INLINE float square_root(float x) {
 #endif
 }
 
+FBC_INLINE double square_root(double x) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
 FBC_INLINE float absolute(float x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
 FBC_INLINE double absolute(double x) { return x < 0 ? -x : x; }
 

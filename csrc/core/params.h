@@ -19,6 +19,14 @@ struct ImageStrides {  // of an (N, H, W, C) view of any tensor
   int64_t n, h, w, c;
 };
 
+// What a convolution multiplies with: a draw of the weight, or one of the two parts that Flipout and
+// local reparameterisation take it apart into (the third, the mean, is a point mass at loc).
+enum class WeightTerm : int32_t {
+  kSample = 0,        // loc + scale * eps
+  kPerturbation = 1,  // scale * eps
+  kVariance = 2,      // scale^2
+};
+
 // One posterior with its prior: a weight as (K, R, S, C/G), or a bias as (1, 1, 1, K).
 // T is float or double: the dtype of the parameters and of the KL.
 template <typename T>
@@ -34,6 +42,7 @@ struct PosteriorParams {
   NoiseKey noise;             // of sample 0; sample s uses offset + s
   Stream stream;
   uint64_t element_offset;    // number of the first element, for a shard of a larger weight
+  WeightTerm term;            // what a draw is, and what gradients are by; not read on CUDA
 };
 
 // Where a sample goes: any strides, any storage type.

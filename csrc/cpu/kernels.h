@@ -20,24 +20,37 @@ struct Parallel {
               void* context);
 };
 
+// Flipout: image n of the output rows is convolved with loc + (t_n r_n^T) * delta, whose delta is the
+// draw. The posterior's term is then kPerturbation. Null: no signs.
+struct FlipSigns {
+  const float* input;           // r: (output_rows, C)
+  const float* output;          // t: (output_rows, K)
+};
+
 struct FpropParams {
   ConvShape shape;
-  Dtype dtype;                  // of input, output, pre_activation
+  Dtype dtype;                  // of input
+  Dtype weight_dtype;           // draws are rounded to it
+  Dtype output_dtype;           // of output, pre_activation
   const void* input;            // (N, H, W, C)
   ImageStrides input_stride;
+  bool square_input;            // the convolution reads input^2
+  FlipSigns signs;
   void* output;                 // (output_rows, P, Q, K)
   void* pre_activation;         // like output; null: not wanted
   ImageStrides output_stride;
   const void* bias;             // (num_samples, K) in acc_t, already sampled; null: none
   Activation activation;
   double activation_param;
-  void* kept_weight;            // (num_samples, K, R, S, C/G) in KRSC order, dtype; null: not wanted
+  void* kept_weight;            // (num_samples, K, R, S, C/G), KRSC order, weight_dtype; null: not wanted
   double* kl_partials;          // (K, kl_chunks_per_row); null: no KL
 };
 
 struct DgradParams {
   ConvShape shape;
   Dtype dtype;                  // of grad_input
+  Dtype weight_dtype;           // draws are rounded to it
+  FlipSigns signs;
   const void* grad;             // (output_rows, P, Q, K) gradient by the pre-activation, NHWC, acc_t
   void* grad_input;             // (N, H, W, C)
   ImageStrides grad_input_stride;
@@ -48,6 +61,8 @@ struct WgradParams {
   Dtype dtype;                  // of input
   const void* input;            // (N, H, W, C)
   ImageStrides input_stride;
+  bool square_input;            // the gradient is that of a convolution of input^2
+  FlipSigns signs;
   const void* grad;             // (output_rows, P, Q, K), NHWC, acc_t
 };
 
@@ -64,6 +79,80 @@ struct ActivationGradParams {
   double activation_param;
   void* grad;                   // (rows, P, Q, K), contiguous NHWC, acc_t; null: only the sums
   void* grad_bias;              // (num_samples, K), acc_t; null: not wanted
+};
+
+// The elementwise half of Flipout and local reparameterisation. Images are NHWC and acc_t where no
+// strides are given. Output rows are num_samples groups; row n of a group reads image n of the input
+// where all groups share it (share_input), else its own.
+struct AffineShape {
+  int64_t rows, rows_per_sample;  // output rows
+  int64_t P, Q, K;                // of the image that a pass goes over
+  bool share_input;
+
+  int64_t image(int64_t row) const { return share_input ? row % rows_per_sample : row; }
+};
+
+// out[row] = image(row) * sign[row], constant over space.
+struct SignParams {
+  AffineShape shape;
+  Dtype dtype;                  // of image
+  const void* image;            // (images, P, Q, K)
+  ImageStrides image_stride;
+  const float* sign;            // (rows, K)
+  void* out;                    // (rows, P, Q, K)
+};
+
+// z = mean + bias + sign * delta       Flipout
+// z = mean + bias + eps * deviation    local; deviation = sqrt(max(variance, 0))
+struct AffineForwardParams {
+  AffineShape shape;
+  const void* mean;             // (images, P, Q, K)
+  const float* sign;            // (rows, K); null: local
+  const void* second;           // (rows, P, Q, K) delta, or (images, P, Q, K) variance
+  void* deviation;              // (images, P, Q, K), local
+  NoiseKey noise;               // of sample 0
+  uint64_t row_offset;          // number of the first row of a group
+  const void* bias;             // (num_samples, K); null: none
+  Activation activation;
+  double activation_param;
+  Dtype dtype;                  // of output, pre_activation
+  void* output;                 // (rows, P, Q, K)
+  void* pre_activation;         // like output; null: not wanted
+  ImageStrides output_stride;
+};
+
+// Local: the gradients by mean and by variance, summed over the draws that share an image.
+struct LocalBackwardParams {
+  AffineShape shape;
+  const void* grad;             // (rows, P, Q, K) by z
+  const void* deviation;        // (images, P, Q, K)
+  NoiseKey noise;
+  uint64_t row_offset;
+  void* grad_mean;              // (images, P, Q, K); null: that of one draw is `grad`
+  void* grad_variance;          // (images, P, Q, K); null: not wanted
+};
+
+// grad_input = by_mean + sum over rows of an image  sign * second      Flipout
+// grad_input = by_mean + 2 input * second                              local
+struct AffineInputGradParams {
+  AffineShape shape;            // P, Q, K of the input
+  const void* by_mean;          // (images, P, Q, K)
+  const void* second;           // (rows, P, Q, K) by the signed input, or (images, ...) by its square
+  const float* sign;            // (rows, K); null: local
+  Dtype dtype;                  // of input, grad_input
+  const void* input;            // (images, P, Q, K); local
+  ImageStrides input_stride;
+  void* grad_input;             // (images, P, Q, K)
+  ImageStrides grad_input_stride;
+};
+
+// Each works on a range of image rows, numbered over images (rows x P, or images x P) in order.
+template <typename T>
+struct AffineKernels {
+  void (*apply_signs)(const SignParams&, int64_t begin, int64_t end);             // rows x P
+  void (*forward)(const AffineForwardParams&, int64_t begin, int64_t end);        // rows x P
+  void (*local_backward)(const LocalBackwardParams&, int64_t begin, int64_t end); // images x P
+  void (*input_grad)(const AffineInputGradParams&, int64_t begin, int64_t end);   // images x P
 };
 
 // The three directions by one method. workspace: the bytes that *_workspace() asks for with
@@ -91,6 +180,7 @@ struct KernelTable {
 
   ConvKernels<T> direct;     // any convolution
   ConvKernels<T> winograd2;  // what winograd_fits() accepts
+  AffineKernels<T> affine;
   int64_t (*activation_grad_workspace)(const ActivationGradParams&, int32_t threads);
   void (*activation_grad)(const ActivationGradParams&, Parallel, void* workspace);
 };

@@ -137,7 +137,8 @@ void check_problem(Random& random, const Problem& problem, bool winograd) {
   const PosteriorParams<T> posterior = point_mass(problem, weight);
   const ConvKernels<T>& table = winograd ? kernels<T>().winograd2 : kernels<T>().direct;
   FpropParams fprop = {};
-  fprop.shape = s, fprop.dtype = dtype, fprop.input = input.base, fprop.input_stride = input.stride;
+  fprop.shape = s, fprop.dtype = fprop.weight_dtype = fprop.output_dtype = dtype;
+  fprop.input = input.base, fprop.input_stride = input.stride;
   fprop.output = got.base, fprop.output_stride = got.stride, fprop.bias = bias.data();
   fprop.activation = random.below(2) == 0 ? Activation::kRelu : Activation::kLinear;
   {
@@ -155,7 +156,7 @@ void check_problem(Random& random, const Problem& problem, bool winograd) {
         }
   CHECK(same && "fprop");
 
-  DgradParams dgrad = {s, dtype, grad.data(), got_dx.base, got_dx.stride};
+  DgradParams dgrad = {s, dtype, dtype, {}, grad.data(), got_dx.base, got_dx.stride};
   {
     harness::Workspace workspace(table.dgrad_workspace(dgrad, parallel.threads));
     table.dgrad(dgrad, posterior, parallel, workspace.data());
@@ -167,7 +168,7 @@ void check_problem(Random& random, const Problem& problem, bool winograd) {
         for (int64_t c = 0; c < s.C; ++c) same = same && want_dx.at(n, h, w, c) == got_dx.at(n, h, w, c);
   CHECK(same && "dgrad");
 
-  WgradParams wgrad = {s, dtype, input.base, input.stride, grad.data()};
+  WgradParams wgrad = {s, dtype, input.base, input.stride, false, {}, grad.data()};
   PosteriorGrads<T> grads = {};
   grads.grad_loc = got_dw.data();
   grads.grad_loc_stride = posterior.loc_stride;

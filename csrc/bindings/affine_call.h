@@ -1,0 +1,27 @@
+// Flipout and local reparameterisation of one checked convolution, on the CPU (provider_affine.cpp):
+// what cpu_affine.cpp hands over.
+#pragma once
+
+#include "../core/estimator.h"
+#include "conv_call.h"
+
+namespace fbc {
+
+struct AffineOutputs {
+  at::Tensor output;
+  at::Tensor pre_activation;  // filled where defined on entry
+  at::Tensor deviation;       // local: (images, K, P, Q) in NHWC memory; else undefined
+  double kl;
+};
+
+template <typename T>
+void forward_affine(const ConvCall& call, AffineOutputs* out);
+
+// Gradients by the input and by the weight's posterior from that by the pre-activation: grad
+// (output rows, K, P, Q) in NHWC memory and the parameters' dtype. grad_input is allocated like the
+// input, undefined where it is not wanted; grads says what is wanted of the posterior.
+template <typename T>
+void backward_affine(const ConvCall& call, const at::Tensor& grad, const at::Tensor* deviation,
+                     const at::Tensor& grad_input, const PosteriorGrads<T>& grads);
+
+}  // namespace fbc
