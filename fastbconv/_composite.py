@@ -41,7 +41,9 @@ class _Call:
     def __init__(
         self, own: ModuleType, tensors: Sequence[Tensor | None], options: dict[str, Any]
     ) -> None:
-        self.input, self.loc, self.rho, self.bias, self.bias_rho, self.seed, *priors = tensors
+        self.input, loc, self.rho, self.bias, self.bias_rho, self.seed, *priors = tensors
+        # A weight without noise may come in the compute dtype, which the sampler does not take.
+        self.loc = loc.to(torch.promote_types(loc.dtype, torch.float32))
         self.own, self.options = own, options
         prior = options["prior"]
         self.weight_prior, self.bias_prior = priors[:2], priors[2:]
