@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import activations, estimators, kl, noise, reference
-from ._library import convolve, outside_autocast, suggested_memory_format
+from ._library import convolve, in_memory_format, outside_autocast, suggested_memory_format
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -74,12 +74,12 @@ class _Call:
         z = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         layout = suggested_memory_format(self.input)
         output = activations.apply(o["activation"], z, o["activation_param"])
-        output = output.to(cast).contiguous(memory_format=layout)
+        output = in_memory_format(output.to(cast), layout)
         saved = deviation = x.new_empty((0,))
         if o["save_pre_activation"]:
-            saved = z.to(cast).contiguous(memory_format=layout)
+            saved = in_memory_format(z.to(cast), layout)
         if deviations:
-            deviation = torch.cat(deviations).contiguous(memory_format=layout)
+            deviation = in_memory_format(torch.cat(deviations), layout)
         total = kl_weight + kl_bias if o["weight_kl"] or o["bias_kl"] else self.loc.new_empty((0,))
         return output, total, saved, deviation
 
