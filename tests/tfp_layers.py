@@ -30,7 +30,7 @@ def stem_of(name: str) -> str:
     return next(stem for stem in SPACES if name.startswith(stem))
 
 
-def make(name: str, **options: Any) -> Any:
+def make(name: str, /, **options: Any) -> Any:
     """A layer of four units or filters with a window of two."""
     window = {} if name.startswith("Dense") else {"kernel_size": 2}
     return getattr(tfp, name)(4, **window, **options)
@@ -41,7 +41,7 @@ def image(name: str, rows: int = 3, channels: int = 3) -> Tensor:
     return torch.randn(rows, *SPACES[stem_of(name)], channels)
 
 
-def built(name: str, **options: Any) -> tuple[Any, Tensor]:
+def built(name: str, /, **options: Any) -> tuple[Any, Tensor]:
     """A built layer and an input."""
     layer, x = make(name, **options), image(name)
     if options.get("data_format") == "channels_first":
@@ -51,7 +51,7 @@ def built(name: str, **options: Any) -> tuple[Any, Tensor]:
     return layer, x
 
 
-def twin(layer: Any, name: str, **options: Any) -> Any:
+def twin(layer: Any, name: str, /, **options: Any) -> Any:
     """Another layer with the same variables."""
     other = make(name, **options)
     other.build((None, *SPACES[stem_of(name)], layer.kernel_posterior_loc.shape[-2]))
