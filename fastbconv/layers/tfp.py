@@ -8,6 +8,10 @@ Recorded behaviour of TFP that is deliberately not followed:
   with Independent ones has no KL. Here both give the sum.
 * ``losses`` are computed in the call there and keep its values. Here divergences are computed when
   they are read: they follow the variables, and nothing is held.
+* The ``seed`` of a Flipout layer seeds its signs only there, and its perturbations follow the
+  global seed. Here it seeds all noise of the layer.
+* Flipout and local reparameterisation take a plain elementwise Normal as well as an Independent
+  one. A row of zeros gives finite gradients with the latter, where TFP gives NaN.
 * A dilated layer remembers the size of its first input there, and a second ``build`` adds more
   variables. Here inputs may change their size, and building again does nothing.
 * Values and shapes are checked in the constructor here, some at build or in the call there;
