@@ -124,6 +124,32 @@ def backward_arguments(
     return positional, {**keywords, "output_mask": mask}
 
 
+def affine_options(estimator: int, **changes: Any) -> dict[str, Any]:
+    """Keyword arguments of bconv2d_affine: FLIPOUT or LOCAL of fastbconv.estimators."""
+    own = {"row_offset": changes.pop("row_offset", 0), "estimator": estimator}
+    shared = options(**changes)
+    del shared["keep_weight"]
+    return {**shared, **own}
+
+
+def affine_backward_arguments(
+    arguments: list[Tensor | None], keywords: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of bconv2d_affine_backward for the forward call given."""
+    with torch.no_grad():
+        output, _, pre, deviation = ops.bconv2d_affine(
+            *arguments, **{**keywords, "save_pre_activation": True}
+        )
+    linear, from_pre = keywords["activation"] == 0, keywords["activation"] >= SILU
+    saved = None if linear else (pre if from_pre else output)
+    rest = [t if t is None else t.detach() for t in arguments]
+    keywords = {k: v for k, v in keywords.items() if k != "save_pre_activation"}
+    mask = [rest[i] is not None for i in (0, 1, 2, 3, 4, 6, 7, 8, 9)]
+    grads = [torch.ones_like(output), torch.tensor(0.5, dtype=rest[1].dtype)]
+    kept = deviation if deviation.ndim == 4 else None
+    return [*grads, rest[0], saved, kept, *rest[1:]], {**keywords, "output_mask": mask}
+
+
 def posterior(dtype: torch.dtype = torch.float32, grad: bool = True) -> list[Tensor]:
     """loc, rho, prior loc, prior scale of sample_posterior and kl_normal."""
     loc = randn(4, 6, 3, 3, dtype=dtype, seed=2).requires_grad_(grad)

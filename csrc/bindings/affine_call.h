@@ -1,5 +1,5 @@
-// Flipout and local reparameterisation of one checked convolution, on the CPU (provider_affine.cpp):
-// what cpu_affine.cpp hands over.
+// Flipout (provider_flipout.cpp) and local reparameterisation (provider_local.cpp) of one checked
+// convolution, on the CPU.
 #pragma once
 
 #include "../core/estimator.h"
@@ -15,13 +15,18 @@ struct AffineOutputs {
 };
 
 template <typename T>
-void forward_affine(const ConvCall& call, AffineOutputs* out);
+void forward_flipout(const ConvCall& call, AffineOutputs* out);
+template <typename T>
+void forward_local(const ConvCall& call, AffineOutputs* out);
 
 // Gradients by the input and by the weight's posterior from that by the pre-activation: grad
 // (output rows, K, P, Q) in NHWC memory and the parameters' dtype. grad_input is allocated like the
 // input, undefined where it is not wanted; grads says what is wanted of the posterior.
 template <typename T>
-void backward_affine(const ConvCall& call, const at::Tensor& grad, const at::Tensor* deviation,
-                     const at::Tensor& grad_input, const PosteriorGrads<T>& grads);
+void backward_flipout(const ConvCall& call, const at::Tensor& grad, const at::Tensor& grad_input,
+                      const PosteriorGrads<T>& grads);
+template <typename T>
+void backward_local(const ConvCall& call, const at::Tensor& grad, const at::Tensor& deviation,
+                    const at::Tensor& grad_input, const PosteriorGrads<T>& grads);
 
 }  // namespace fbc

@@ -1,6 +1,6 @@
-// bconv2d_affine under the Autograd key. Backward keeps the input, the output or pre-activation, the
-// parameters, the seed, and for local reparameterisation the deviation: weights, signs and noise are
-// made again.
+// bconv2d_affine under the Autograd key. Backward keeps the input, the output or pre-activation,
+// the parameters, the seed, and for local reparameterisation the deviation: weights, signs and
+// noise are made again.
 #include <torch/library.h>
 
 #include "../core/activation.h"
@@ -60,13 +60,11 @@ class AffineFunction : public torch::autograd::Function<AffineFunction> {
                                const OptionalTensor& bias_prior_scale, const AffineExtras& extras) {
     const auto activation = static_cast<Activation>(extras.options.activation);
     const bool needs_pre = needs_pre_activation(activation);
-    auto [output, kl, pre_activation, deviation] =
-        call_affine(input, weight_loc, *weight_rho, bias_loc, bias_rho, seed, prior_loc,
-                    prior_scale, bias_prior_loc, bias_prior_scale, extras.options,
-                    extras.save_pre_activation || needs_pre);
-    variable_list kept =
-        kept_arguments(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc,
-                       prior_scale, bias_prior_loc, bias_prior_scale);
+    auto [output, kl, pre_activation, deviation] = call_affine(
+        input, weight_loc, *weight_rho, bias_loc, bias_rho, seed, prior_loc, prior_scale,
+        bias_prior_loc, bias_prior_scale, extras.options, extras.save_pre_activation || needs_pre);
+    variable_list kept = kept_arguments(input, weight_loc, weight_rho, bias_loc, bias_rho, seed,
+                                        prior_loc, prior_scale, bias_prior_loc, bias_prior_scale);
     if (activation != Activation::kLinear) kept[kSaved] = needs_pre ? pre_activation : output;
     if (deviation.dim() == 4) kept[kDeviation] = deviation;
     ctx->save_for_backward(std::move(kept));
@@ -92,24 +90,25 @@ class AffineFunction : public torch::autograd::Function<AffineFunction> {
   }
 };
 
-Tensors4 bconv2d_affine_autograd(
-    const at::Tensor& input, const at::Tensor& weight_loc, const at::Tensor& weight_rho,
-    const OptionalTensor& bias_loc, const OptionalTensor& bias_rho, const at::Tensor& seed,
-    const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-    const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale, int64_t estimator,
-    Doubles prior, bool weight_kl, bool bias_kl, double scale_floor, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t activation,
-    double activation_param, int64_t num_samples, bool share_input, int64_t offset_add,
-    at::IntArrayRef element_offset, int64_t row_offset, int64_t algorithm,
-    bool save_pre_activation) {
+Tensors4 bconv2d_affine_autograd(const at::Tensor& input, const at::Tensor& weight_loc,
+                                 const at::Tensor& weight_rho, const OptionalTensor& bias_loc,
+                                 const OptionalTensor& bias_rho, const at::Tensor& seed,
+                                 const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+                                 const OptionalTensor& bias_prior_loc,
+                                 const OptionalTensor& bias_prior_scale, int64_t estimator,
+                                 Doubles prior, bool weight_kl, bool bias_kl, double scale_floor,
+                                 at::IntArrayRef stride, at::IntArrayRef padding,
+                                 at::IntArrayRef dilation, int64_t groups, int64_t activation,
+                                 double activation_param, int64_t num_samples, bool share_input,
+                                 int64_t offset_add, at::IntArrayRef element_offset,
+                                 int64_t row_offset, int64_t algorithm, bool save_pre_activation) {
   refuse_forward_mode("fastbconv::bconv2d_affine", input, weight_loc, weight_rho, bias_loc,
                       bias_rho, prior_loc, prior_scale, bias_prior_loc, bias_prior_scale);
   at::Tensor pre_activation, deviation;
-  AffineExtras extras = {
-      conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding, dilation, groups,
-                   activation, activation_param, num_samples, share_input, offset_add,
-                   element_offset, algorithm),
-      save_pre_activation, &pre_activation, &deviation};
+  AffineExtras extras = {conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding,
+                                      dilation, groups, activation, activation_param, num_samples,
+                                      share_input, offset_add, element_offset, algorithm),
+                         save_pre_activation, &pre_activation, &deviation};
   extras.options.estimator = estimator;
   extras.options.row_offset = row_offset;
   if (!records_graph(input, weight_loc, weight_rho, bias_loc, bias_rho, prior_loc, prior_scale,

@@ -62,9 +62,8 @@ class Bconv2dFunction : public torch::autograd::Function<Bconv2dFunction> {
         call_bconv2d(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc,
                      prior_scale, bias_prior_loc, bias_prior_scale, extras.options,
                      extras.keep_weight, extras.save_pre_activation || needs_pre);
-    variable_list kept =
-        kept_arguments(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc,
-                       prior_scale, bias_prior_loc, bias_prior_scale);
+    variable_list kept = kept_arguments(input, weight_loc, weight_rho, bias_loc, bias_rho, seed,
+                                        prior_loc, prior_scale, bias_prior_loc, bias_prior_scale);
     if (activation != Activation::kLinear) kept[kSaved] = needs_pre ? pre_activation : output;
     if (extras.keep_weight) kept[kKeptWeight] = weight;
     ctx->save_for_backward(std::move(kept));

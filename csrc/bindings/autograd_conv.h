@@ -20,8 +20,8 @@ enum Argument : size_t {
   kBiasPriorLoc,
   kBiasPriorScale,
   kNumArguments,
-  kSaved = kNumArguments,  // what is kept beside them
-  kKeptWeight,  // bconv2d
+  kSaved = kNumArguments,    // what is kept beside them
+  kKeptWeight,               // bconv2d
   kDeviation = kKeptWeight,  // bconv2d_affine
   kNumKept,
 };
@@ -38,7 +38,7 @@ inline std::vector<int64_t> pack_ints(const ConvOptions& o) {
           o.padding[0],        o.padding[1],  o.padding[2], o.padding[3],
           o.dilation[0],       o.dilation[1], o.groups,     o.activation,
           o.num_samples,       o.share_input, o.offset_add, o.element_offset[0],
-          o.element_offset[1], o.algorithm, o.estimator,  o.row_offset};
+          o.element_offset[1], o.algorithm,   o.estimator,  o.row_offset};
 }
 inline ConvOptions unpack(const std::vector<double>& d, const std::vector<int64_t>& i) {
   ConvOptions o = {};
@@ -64,8 +64,8 @@ inline ConvOptions unpack(const std::vector<double>& d, const std::vector<int64_
 
 // Only the KL was used: no pixel is touched. grads in the order loc, rho, prior_loc, prior_scale.
 inline Tensors4 kl_backward(const variable_list& kept, bool with_kl, size_t loc, size_t rho,
-                     size_t prior_loc, size_t prior_scale, const at::Tensor& grad_kl, Doubles prior,
-                     double scale_floor, std::array<bool, 4> mask) {
+                            size_t prior_loc, size_t prior_scale, const at::Tensor& grad_kl,
+                            Doubles prior, double scale_floor, std::array<bool, 4> mask) {
   static const auto op = find_op<KlNormalBackwardSignature>("fastbconv::kl_normal_backward");
   const bool any = mask[0] || mask[1] || mask[2] || mask[3];
   if (!with_kl || !any || !kept[rho].defined()) return {};
@@ -74,7 +74,7 @@ inline Tensors4 kl_backward(const variable_list& kept, bool with_kl, size_t loc,
 }
 
 inline Tensors9 call_kl_backward(const variable_list& kept, const at::Tensor& grad_kl,
-                          const ConvOptions& o, const std::array<bool, 9>& mask) {
+                                 const ConvOptions& o, const std::array<bool, 9>& mask) {
   const Doubles prior = o.prior;
   const auto [w_loc, w_rho, w_prior_loc, w_prior_scale] =
       kl_backward(kept, o.weight_kl, kWeightLoc, kWeightRho, kPriorLoc, kPriorScale, grad_kl,
@@ -86,11 +86,13 @@ inline Tensors9 call_kl_backward(const variable_list& kept, const at::Tensor& gr
           w_prior_loc,  w_prior_scale, b_prior_loc, b_prior_scale};
 }
 
-inline variable_list kept_arguments(
-    const at::Tensor& input, const at::Tensor& weight_loc, const OptionalTensor& weight_rho,
-    const OptionalTensor& bias_loc, const OptionalTensor& bias_rho, const at::Tensor& seed,
-    const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-    const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale) {
+inline variable_list kept_arguments(const at::Tensor& input, const at::Tensor& weight_loc,
+                                    const OptionalTensor& weight_rho,
+                                    const OptionalTensor& bias_loc, const OptionalTensor& bias_rho,
+                                    const at::Tensor& seed, const OptionalTensor& prior_loc,
+                                    const OptionalTensor& prior_scale,
+                                    const OptionalTensor& bias_prior_loc,
+                                    const OptionalTensor& bias_prior_scale) {
   variable_list kept(kNumKept);
   kept[kInput] = input;
   kept[kWeightLoc] = weight_loc;

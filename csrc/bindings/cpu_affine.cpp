@@ -28,7 +28,10 @@ bool is_local(const ConvCall& call) {
 
 template <typename T>
 void forward(const ConvCall& call, AffineOutputs* out) {
-  if (!call.is_empty()) return forward_affine<T>(call, out);
+  if (!call.is_empty()) {
+    is_local(call) ? forward_local<T>(call, out) : forward_flipout<T>(call, out);
+    return;
+  }
   out->output = empty_output(call);
   if (call.options.weight_kl) out->kl += kl_divergence(host_posterior_params<T>(call.weight));
   if (call.has_bias() && call.options.bias_kl)
@@ -38,9 +41,8 @@ void forward(const ConvCall& call, AffineOutputs* out) {
 // In NHWC memory: (images, K, P, Q).
 at::Tensor empty_deviation(const ConvCall& call) {
   const ConvShape& s = call.shape;
-  return at::empty(
-             {s.N, s.P, s.Q, s.K},
-             call.weight.loc->options().memory_format(at::MemoryFormat::Contiguous))
+  return at::empty({s.N, s.P, s.Q, s.K},
+                   call.weight.loc->options().memory_format(at::MemoryFormat::Contiguous))
       .permute({0, 3, 1, 2});
 }
 
@@ -61,16 +63,18 @@ Tensors4 forward_affine_cpu(const ConvCall& call, bool save_pre_activation) {
   return {out.output, kl, out.pre_activation, out.deviation};
 }
 
-Tensors4 bconv2d_affine_cpu(
-    const at::Tensor& input, const at::Tensor& weight_loc, const at::Tensor& weight_rho,
-    const OptionalTensor& bias_loc, const OptionalTensor& bias_rho, const at::Tensor& seed,
-    const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-    const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale, int64_t estimator,
-    Doubles prior, bool weight_kl, bool bias_kl, double scale_floor, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t activation,
-    double activation_param, int64_t num_samples, bool share_input, int64_t offset_add,
-    at::IntArrayRef element_offset, int64_t row_offset, int64_t algorithm,
-    bool save_pre_activation) {
+Tensors4 bconv2d_affine_cpu(const at::Tensor& input, const at::Tensor& weight_loc,
+                            const at::Tensor& weight_rho, const OptionalTensor& bias_loc,
+                            const OptionalTensor& bias_rho, const at::Tensor& seed,
+                            const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+                            const OptionalTensor& bias_prior_loc,
+                            const OptionalTensor& bias_prior_scale, int64_t estimator,
+                            Doubles prior, bool weight_kl, bool bias_kl, double scale_floor,
+                            at::IntArrayRef stride, at::IntArrayRef padding,
+                            at::IntArrayRef dilation, int64_t groups, int64_t activation,
+                            double activation_param, int64_t num_samples, bool share_input,
+                            int64_t offset_add, at::IntArrayRef element_offset, int64_t row_offset,
+                            int64_t algorithm, bool save_pre_activation) {
   const ConvTensors tensors = {&input,
                                &weight_loc,
                                &weight_rho,
@@ -81,12 +85,12 @@ Tensors4 bconv2d_affine_cpu(
                                get_if_defined(prior_scale),
                                get_if_defined(bias_prior_loc),
                                get_if_defined(bias_prior_scale)};
-  const ConvCall call = make_affine_call(
-      tensors,
-      conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding, dilation, groups,
-                   activation, activation_param, num_samples, share_input, offset_add,
-                   element_offset, algorithm),
-      estimator, row_offset);
+  const ConvCall call =
+      make_affine_call(tensors,
+                       conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding,
+                                    dilation, groups, activation, activation_param, num_samples,
+                                    share_input, offset_add, element_offset, algorithm),
+                       estimator, row_offset);
   return forward_affine_cpu(call, save_pre_activation);
 }
 
@@ -135,10 +139,13 @@ Tensors9 backward(const ConvCall& call, const ConvBackward& back, const at::Tens
     const PreActivationGradient z = activation_backward_direct<T>(call, back);
     grad_bias = z.grad_bias;
     if (mask[0]) grad_input = advised(at::empty(call.input->sizes(), format));
-    const bool wants_weight = weight.wants_anything();
-    if (mask[0] || wants_weight) {
-      backward_affine<T>(call, z.grad, deviation.defined() ? &deviation : nullptr,
-                         mask[0] ? grad_input : at::Tensor(), weight.grads);
+    const at::Tensor wanted_input = mask[0] ? grad_input : at::Tensor();
+    if (!mask[0] && !weight.wants_anything()) {
+      // A bias alone.
+    } else if (is_local(call)) {
+      backward_local<T>(call, z.grad, deviation, wanted_input, weight.grads);
+    } else {
+      backward_flipout<T>(call, z.grad, wanted_input, weight.grads);
     }
   }
   const PosteriorGradients w = weight.finish();
@@ -168,19 +175,16 @@ Tensors9 bconv2d_affine_backward_cpu(
                                get_if_defined(prior_scale),
                                get_if_defined(bias_prior_loc),
                                get_if_defined(bias_prior_scale)};
-  const ConvCall call = make_affine_call(
-      tensors,
-      conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding, dilation, groups,
-                   activation, activation_param, num_samples, share_input, offset_add,
-                   element_offset, algorithm),
-      estimator, row_offset);
+  const ConvCall call =
+      make_affine_call(tensors,
+                       conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding,
+                                    dilation, groups, activation, activation_param, num_samples,
+                                    share_input, offset_add, element_offset, algorithm),
+                       estimator, row_offset);
   const bool linear = call.activation == Activation::kLinear;
-  const ConvBackward back = {&grad_output,
-                             linear ? nullptr : get_if_defined(saved),
-                             /*weight=*/nullptr,
-                             mask[0],
-                             mask[1] || mask[2],
-                             call.has_bias() && (mask[3] || mask[4])};
+  const ConvBackward back = {&grad_output,       linear ? nullptr : get_if_defined(saved),
+                             /*weight=*/nullptr, mask[0],
+                             mask[1] || mask[2], call.has_bias() && (mask[3] || mask[4])};
   check_conv_backward(call, back);
   const at::Tensor sums = checked_deviation(call, deviation);
   double by_kl = 0.0;

@@ -8,10 +8,6 @@ namespace fbc {
 
 namespace {
 
-at::Tensor workspace(int64_t bytes) {  // at::empty aligns to 64 bytes
-  return advised(at::empty({std::max<int64_t>(bytes, 1)}, at::TensorOptions().dtype(at::kByte)));
-}
-
 template <typename T>
 const ConvKernels<T>& methods(Algorithm method) {
   return method == Algorithm::kWinograd2 ? kernels<T>().winograd2 : kernels<T>().direct;

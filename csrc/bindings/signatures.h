@@ -42,16 +42,16 @@ using Bconv2dBackwardSignature = Tensors9(
     bool share_input, int64_t offset_add, at::IntArrayRef element_offset, int64_t algorithm,
     std::array<bool, 9> output_mask);
 
-using Bconv2dAffineSignature = Tensors4(
-    const at::Tensor& input, const at::Tensor& weight_loc, const at::Tensor& weight_rho,
-    const OptionalTensor& bias_loc, const OptionalTensor& bias_rho, const at::Tensor& seed,
-    const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-    const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale, int64_t estimator,
-    Doubles prior, bool weight_kl, bool bias_kl, double scale_floor, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t activation,
-    double activation_param, int64_t num_samples, bool share_input, int64_t offset_add,
-    at::IntArrayRef element_offset, int64_t row_offset, int64_t algorithm,
-    bool save_pre_activation);
+using Bconv2dAffineSignature =
+    Tensors4(const at::Tensor& input, const at::Tensor& weight_loc, const at::Tensor& weight_rho,
+             const OptionalTensor& bias_loc, const OptionalTensor& bias_rho, const at::Tensor& seed,
+             const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+             const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale,
+             int64_t estimator, Doubles prior, bool weight_kl, bool bias_kl, double scale_floor,
+             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+             int64_t groups, int64_t activation, double activation_param, int64_t num_samples,
+             bool share_input, int64_t offset_add, at::IntArrayRef element_offset,
+             int64_t row_offset, int64_t algorithm, bool save_pre_activation);
 
 using Bconv2dAffineBackwardSignature = Tensors9(
     const at::Tensor& grad_output, const OptionalTensor& grad_kl, const at::Tensor& input,

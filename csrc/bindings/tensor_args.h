@@ -2,8 +2,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/MemoryFormat.h>
 
+#include <algorithm>
 #include <array>
 
 #include "../cpu/huge_pages.h"
@@ -17,6 +19,11 @@ inline at::Tensor advised(at::Tensor tensor) {
   if (!tensor.is_cpu()) return tensor;
   advise_huge_pages(tensor.mutable_data_ptr(), static_cast<int64_t>(tensor.nbytes()));
   return tensor;
+}
+
+// Scratch for kernels, aligned to 64 bytes as at::empty does.
+inline at::Tensor workspace(int64_t bytes) {
+  return advised(at::empty({std::max<int64_t>(bytes, 1)}, at::TensorOptions().dtype(at::kByte)));
 }
 
 // Dtypes that kernels know. The caller has checked the tensor.

@@ -26,8 +26,8 @@ FBC_DEVICE NoiseKey key_of(const int64_t* seed, int64_t sample) {
           static_cast<uint64_t>(seed[1]) + static_cast<uint64_t>(sample)};
 }
 
-// The four elements of one block, those inside [first, first + count) stored. draw(element, z) gives
-// those of the block that begins with `element`.
+// The four elements of one block, those inside [first, first + count) stored. draw(element, z)
+// gives those of the block that begins with `element`.
 template <typename Draw>
 FBC_DEVICE void draw_block(uint64_t first, int64_t count, float* out, Draw&& draw) {
   const uint64_t shift = first % kElementsPerCounter;
