@@ -129,6 +129,19 @@ def test_collected_kl(name: str) -> None:
             close(gradient, expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fused_pass_builds_no_distribution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = built(name, **RANDOM_BIAS)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a distribution was built")
+
+    monkeypatch.setattr(torch.distributions.Distribution, "__init__", refuse)
+    with fb.collect_kl(layer) as kl:
+        y = layer(x)
+    (y.sum() + kl.sum() + sum(layer.losses)).backward()
+
+
 @pytest.mark.parametrize("name", AFFINE)
 def test_a_group_leaves_the_layer_alone(name: str) -> None:
     layer, x = built(name, **RANDOM_BIAS)

@@ -261,12 +261,12 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         seed: int | Tensor | None = None,
         training: bool | None = None,
     ) -> Tensor:
-        """One stochastic pass: one draw of kernel and bias, shared by the whole batch.
+        """One stochastic pass; every call draws anew, in training and inference alike.
 
         Args:
             inputs: floating-point tensor or NumPy array; cast to the layer's dtype.
             seed: of the noise, an int or an int64 tensor (2,); None draws one from PyTorch's
-                generator.
+                generator, or from that of a Flipout layer with a seed of its own.
             training: accepted and ignored, as in TFP.
 
         Returns:
