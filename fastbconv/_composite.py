@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import activations, estimators, kl, noise, reference
-from ._library import convolve, outside_autocast, suggested_memory_format
+from ._library import convolve, in_memory_format, outside_autocast, suggested_memory_format
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -41,7 +41,9 @@ class _Call:
     def __init__(
         self, own: ModuleType, tensors: Sequence[Tensor | None], options: dict[str, Any]
     ) -> None:
-        self.input, self.loc, self.rho, self.bias, self.bias_rho, self.seed, *priors = tensors
+        self.input, loc, self.rho, self.bias, self.bias_rho, self.seed, *priors = tensors
+        # A weight without noise may come in the compute dtype, which the sampler does not take.
+        self.loc = loc.to(torch.promote_types(loc.dtype, torch.float32))
         self.own, self.options = own, options
         prior = options["prior"]
         self.weight_prior, self.bias_prior = priors[:2], priors[2:]
@@ -72,12 +74,12 @@ class _Call:
         z = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         layout = suggested_memory_format(self.input)
         output = activations.apply(o["activation"], z, o["activation_param"])
-        output = output.to(cast).contiguous(memory_format=layout)
+        output = in_memory_format(output.to(cast), layout)
         saved = deviation = x.new_empty((0,))
         if o["save_pre_activation"]:
-            saved = z.to(cast).contiguous(memory_format=layout)
+            saved = in_memory_format(z.to(cast), layout)
         if deviations:
-            deviation = torch.cat(deviations).contiguous(memory_format=layout)
+            deviation = in_memory_format(torch.cat(deviations), layout)
         total = kl_weight + kl_bias if o["weight_kl"] or o["bias_kl"] else self.loc.new_empty((0,))
         return output, total, saved, deviation
 

@@ -70,3 +70,11 @@ def suggested_memory_format(input: Tensor) -> torch.memory_format:
             return torch.contiguous_format
         least = stride * max(size, 1)
     return torch.channels_last if last == 3 else torch.channels_last_3d
+
+
+def in_memory_format(value: Tensor, layout: torch.memory_format) -> Tensor:
+    """``value`` laid out so; inside a transform of torch.func, where vmap knows one layout only, as
+    it is."""
+    if torch._C._are_functorch_transforms_active():
+        return value
+    return value.contiguous(memory_format=layout)

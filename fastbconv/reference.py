@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import activations, kl, noise
-from ._library import convolve, outside_autocast, suggested_memory_format
+from ._library import convolve, in_memory_format, outside_autocast, suggested_memory_format
 
 
 def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
@@ -184,9 +184,9 @@ def bconv2d(
         z = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         layout = suggested_memory_format(input)
         output = activations.apply(activation, z, activation_param)
-        output = output.to(x.dtype).contiguous(memory_format=layout)
+        output = in_memory_format(output.to(x.dtype), layout)
         empty = x.new_empty((0,))
-        saved = z.to(x.dtype).contiguous(memory_format=layout) if save_pre_activation else empty
+        saved = in_memory_format(z.to(x.dtype), layout) if save_pre_activation else empty
         kept = torch.stack(weights).to(x.dtype) if keep_weight else empty
         total = _no_kl(weight_loc, weight_kl or bias_kl)
         if weight_kl and weight_rho is not None:

@@ -46,7 +46,8 @@ ALLOWED = {
     "_composite": "_library activations estimators kl noise reference",
     "_call": "_arguments _composite activations kl noise ops reference selection",
     "functional": "_arguments _call activations estimators functional kl noise reference",
-    "layers": "_arguments _call activations contexts functional kl layers noise regularizers",
+    "layers": "_arguments _call _library activations contexts estimators functional kl layers noise"
+    " regularizers",
     "grouped": "_arguments _call contexts layers models noise",
     "models": "_arguments contexts functional kl layers noise",
     "keras_weights": "keras_weights models",  # h5py and tensorflow inside functions only

@@ -222,15 +222,10 @@ CASES = {
         ["padding_mode", "reflect", "'edge'"],
     ),
     "layer dtype": (lambda: layer(dtype=torch.int8), TypeError, ["dtype", "bfloat16", "int8"]),
-    "estimator": (
-        lambda: layer(estimator="flipout"),
-        NotImplementedError,
-        ["estimator", "'reparameterization'", "'flipout'"],
-    ),
     "estimator name": (
         lambda: layer(estimator="vi"),
         ValueError,
-        ["estimator", "'reparameterization'", "'vi'"],
+        ["estimator", "'reparameterization'", "'flipout'", "'local'", "'vi'"],
     ),
     "eval mode": (lambda: layer(eval_mode="map"), ValueError, ["eval_mode", "'mean'", "'map'"]),
     "bayesian bias": (

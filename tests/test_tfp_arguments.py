@@ -7,15 +7,17 @@ import doctest
 import importlib
 import inspect
 import json
+import re
 from typing import Any
 
 import numpy as np
 import pytest
+import tfp_layers
 import torch
 from tfp_cases import FOLDER
 
 import fastbconv
-from fastbconv.layers import tfp
+from fastbconv.layers import tfp, tfp_arguments
 
 ERRORS = json.loads((FOLDER / "errors.json").read_text())
 SHAPES = json.loads((FOLDER / "compute_output_shape.json").read_text())
@@ -41,11 +43,11 @@ def _case_id(row: dict[str, Any]) -> str:
     return f"{row['args']}-{shapes}-{row.get('input_dtype')}"
 
 
-def _run(row: dict[str, Any]) -> tuple[str, Exception] | None:
+def _run(row: dict[str, Any], name: str) -> tuple[str, Exception] | None:
     """The stage of the first error, and the error."""
     stage = "constructor"
     try:
-        layer = getattr(tfp, row["layer"])(**row["args"])
+        layer = getattr(tfp, name)(**row["args"])
         if "input_dtype" not in row:
             stage = "build"
             layer.build(row["input_shape"])
@@ -62,10 +64,15 @@ def _run(row: dict[str, Any]) -> tuple[str, Exception] | None:
 
 
 @pytest.mark.filterwarnings("ignore:training torch.bfloat16")
+@pytest.mark.parametrize("estimator", tfp_layers.ESTIMATORS)
 @pytest.mark.parametrize("row", ERRORS, ids=_case_id)
-def test_recorded_errors(row: dict[str, Any]) -> None:
+def test_recorded_errors(row: dict[str, Any], estimator: str) -> None:
     """The recorded exception class, at the recorded stage or an earlier one."""
-    result = _run(row)
+    name = row["layer"].replace("Reparameterization", estimator)
+    result = _run(row, name)
+    if "seed" in row["args"] and estimator == "Flipout":
+        assert result is None
+        return
     if _deviation(row) is not None:
         assert result is None or isinstance(result[1], ValueError)
         return
@@ -87,15 +94,32 @@ def test_recorded_output_shapes(row: dict[str, Any]) -> None:
     row = dict(row)
     expected, error = row.pop("output_shape", None), row.pop("error", None)
     input_shape = row.pop("input_shape")
-    layer = tfp.Convolution2DReparameterization(**row)
-    if error is not None:
-        with pytest.raises(getattr(builtins, error), match="input_shape: expected"):
-            layer.compute_output_shape(input_shape)
-        return
-    for given in (input_shape, tuple(input_shape)):
-        assert layer.compute_output_shape(given) == tuple(expected)
-    if None not in input_shape:
-        assert tuple(layer(torch.zeros(input_shape)).shape) == tuple(expected)
+    for estimator in tfp_layers.ESTIMATORS:
+        layer = getattr(tfp, f"Convolution2D{estimator}")(**row)
+        if error is not None:
+            with pytest.raises(getattr(builtins, error), match="input_shape: expected"):
+                layer.compute_output_shape(input_shape)
+            continue
+        for given in (input_shape, tuple(input_shape)):
+            assert layer.compute_output_shape(given) == tuple(expected)
+        if None not in input_shape:
+            assert tuple(layer(torch.zeros(input_shape)).shape) == tuple(expected)
+
+
+@pytest.mark.parametrize("name", ["Convolution1D", "Convolution3D"])
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize(("strides", "dilation"), [(1, 1), (2, 1), (1, 2)])
+def test_output_shapes_of_other_ranks(name: str, padding: str, strides: int, dilation: int) -> None:
+    options = {"strides": strides, "padding": padding, "dilation_rate": dilation}
+    for estimator in tfp_layers.ESTIMATORS:
+        layer = getattr(tfp, name + estimator)(4, 2, **options)
+        shape = (2, *(5, 6, 7)[: layer.rank], 3)
+        out = [tfp_arguments.output_size(n, 2, strides, padding, dilation) for n in shape[1:-1]]
+        assert layer.compute_output_shape(shape) == (2, *out, 4)
+        assert layer(torch.zeros(shape)).shape == (2, *out, 4)
+        assert layer.compute_output_shape((None, None, *shape[2:])) == (None, None, *out[1:], 4)
+        with pytest.raises(IndexError, match=f"{layer.rank + 2} dimensions"):
+            layer.compute_output_shape((1, *shape))
 
 
 def test_output_shape_of_a_wrong_rank() -> None:
@@ -110,17 +134,15 @@ def test_output_shape_of_a_wrong_rank() -> None:
         dense.compute_output_shape((2, None))
 
 
-def test_documented_order_and_defaults() -> None:
-    parameters = inspect.signature(tfp.Convolution2DReparameterization).parameters
-    assert list(parameters) == [
-        "filters",
-        "kernel_size",
-        "strides",
-        "padding",
-        "data_format",
-        "dilation_rate",
-        "activation",
-        "activity_regularizer",
+@pytest.mark.parametrize("name", tfp_layers.NAMES)
+def test_documented_order_and_defaults(name: str) -> None:
+    layer_class = getattr(tfp, name)
+    parameters = inspect.signature(layer_class).parameters
+    convolution = ["strides", "padding", "data_format", "dilation_rate"]
+    names = ["units", "activation", "activity_regularizer", "trainable"]
+    if layer_class.rank:
+        names = ["filters", "kernel_size", *convolution, "activation", "activity_regularizer"]
+    names += [
         "kernel_posterior_fn",
         "kernel_posterior_tensor_fn",
         "kernel_prior_fn",
@@ -129,19 +151,41 @@ def test_documented_order_and_defaults() -> None:
         "bias_posterior_tensor_fn",
         "bias_prior_fn",
         "bias_divergence_fn",
-        "kwargs",
     ]
+    seed = ["seed"] if name.endswith("Flipout") else []
+    assert list(parameters) == [*names, *seed, "kwargs"]
     defaults = {name: p.default for name, p in parameters.items()}
-    assert (defaults["strides"], defaults["dilation_rate"]) == ((1, 1), (1, 1))
-    assert (defaults["padding"], defaults["data_format"]) == ("valid", "channels_last")
+    if layer_class.rank:
+        ones = (1,) * layer_class.rank if layer_class.rank > 1 else 1
+        assert [defaults[key] for key in convolution] == [ones, "valid", "channels_last", ones]
+    else:
+        assert defaults["trainable"] is True
     assert defaults["activation"] is defaults["activity_regularizer"] is None
+    for part in ("kernel", "bias"):
+        assert defaults[f"{part}_posterior_fn"].is_singular == (part == "bias")
+        assert defaults[f"{part}_posterior_tensor_fn"] is tfp.posterior_sample
+        assert defaults[f"{part}_divergence_fn"] is tfp.kl_divergence
     assert defaults["kernel_prior_fn"] is tfp.default_multivariate_normal_fn
     assert defaults["bias_prior_fn"] is None
-    assert defaults["bias_posterior_fn"].is_singular
-    assert not defaults["kernel_posterior_fn"].is_singular
-    dense = list(inspect.signature(tfp.DenseReparameterization).parameters)
-    assert dense[:4] == ["units", "activation", "activity_regularizer", "trainable"]
-    assert dense[4:-1] == list(parameters)[8:-1]
+    assert defaults.get("seed") is None
+    values = [4, *[2] * (layer_class.rank > 0)]
+    values += [defaults[key] for key in names[len(values) :]]
+    layer = layer_class(*values, *([7] if seed else []))  # all of them by position
+    assert getattr(layer, "seed", 7) == 7
+    assert layer.get_config().keys() == tfp_layers.make(name).get_config().keys()
+
+
+def test_a_subclass_has_its_own_signature() -> None:
+    class Narrow(tfp.Convolution2DFlipout):
+        def __init__(self, filters: int, **kwargs: Any) -> None:
+            super().__init__(filters, 3, **kwargs)
+
+    class Named(Narrow):
+        """Inherits the constructor."""
+
+    for layer_class in (Narrow, Named):
+        assert list(inspect.signature(layer_class).parameters) == ["filters", "kwargs"]
+        assert layer_class(2, seed=1).kernel_size == (3, 3)
 
 
 def test_any_integral_type_is_accepted() -> None:
@@ -202,11 +246,16 @@ def test_keyword_options() -> None:
         np.testing.assert_array_equal(got, want.astype(np.float32))
 
 
-def test_generated_names_are_numbered() -> None:
-    first, second = (tfp.Convolution2DReparameterization(2, 1).name for _ in range(2))
+@pytest.mark.parametrize("name", tfp_layers.NAMES)
+def test_generated_names_are_numbered(name: str) -> None:
+    first, second = (tfp_layers.make(name).name for _ in range(2))
     stem, number = second.rsplit("_", 1)
     assert first in (stem, f"{stem}_{int(number) - 1}")
-    assert stem == "conv2d_reparameterization"
+    words = re.findall("[A-Z][a-z]+|[0-9]D", name)
+    assert stem == "_".join(words).lower().replace("convolution_", "conv")
+
+
+def test_a_subclass_is_named_after_itself() -> None:
 
     class MyConv(tfp.Convolution2DReparameterization):
         pass
@@ -221,9 +270,8 @@ def test_an_upper_case_argument_is_stored_in_lower_case() -> None:
 
 def test_public_names() -> None:
     for name in (
+        *tfp_layers.NAMES,
         "ChannelsLast",
-        "Convolution2DReparameterization",
-        "DenseReparameterization",
         "apply_constraints",
         "default_loc_scale_fn",
         "default_mean_field_normal_fn",
@@ -236,7 +284,17 @@ def test_public_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["tfp", "tfp_channels_last", "tfp_config", "tfp_distributions", "tfp_initializers"]
+    "module",
+    [
+        "tfp_channels_last",
+        "tfp_config",
+        "tfp_conv",
+        "tfp_dense",
+        "tfp_distributions",
+        "tfp_flipout",
+        "tfp_initializers",
+        "tfp_local",
+    ],
 )
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"fastbconv.layers.{module}"))

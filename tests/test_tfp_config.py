@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import tfp_layers
 import torch
 import torch.nn.functional as F
 from tfp_cases import FOLDER
@@ -13,6 +14,7 @@ from torch import nn
 
 from fastbconv import regularizers
 from fastbconv.layers import tfp
+from fastbconv.layers.tfp_initializers import RandomNormal
 
 CONFIGS = json.loads((FOLDER / "get_config.json").read_text())
 BEHAVIOUR = json.loads((FOLDER / "property_behaviour.json").read_text())
@@ -55,7 +57,11 @@ LAYERS = {
         bias_prior_fn=tfp.default_multivariate_normal_fn,
         input_shape=(9, 10, 3),
     ),
+    4: lambda: tfp.Convolution2DFlipout(4, 3, seed=7),
+    5: lambda: tfp.Convolution1DReparameterization(4, 3),
+    6: lambda: tfp.Convolution3DReparameterization(4, 3),
     7: lambda: tfp.DenseReparameterization(4, activation="tanh"),
+    8: lambda: tfp.DenseFlipout(4, seed=7),
 }
 
 
@@ -77,16 +83,78 @@ def test_recorded_configurations(index: int) -> None:
             assert config[key] == _plain(value)
 
 
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "name": {"name": "head"},
+    "frozen": {"trainable": False},
+    "dtype": {"dtype": torch.float64},
+    "activation name": {"activation": "leaky_relu"},
+    "activation function": {"activation": F.leaky_relu},
+    "activation softmax": {"activation": "softmax"},
+    "activation of torch": {"activation": torch.atan},
+    "regularizer name": {"activity_regularizer": "l1_l2"},
+    "regularizer object": {"activity_regularizer": regularizers.l1(0.25)},
+    "regularizer configuration": {
+        "activity_regularizer": {"class_name": "L2", "config": {"l2": 0.5}}
+    },
+    "regularizer function": {"activity_regularizer": torch.sum},
+    "kernel_posterior_fn": {
+        "kernel_posterior_fn": tfp.default_mean_field_normal_fn(
+            loc_initializer=RandomNormal(0.5, 0.1), loc_regularizer=regularizers.l2(0.5)
+        )
+    },
+    "kernel_posterior_tensor_fn": {"kernel_posterior_tensor_fn": tfp.posterior_mean},
+    "kernel_prior_fn": {"kernel_prior_fn": named_prior},
+    "kernel_divergence_fn": {"kernel_divergence_fn": doubled_kl},
+    "trainable prior": {"kernel_prior_fn": tfp.default_mean_field_normal_fn()},
+    "no losses": {"kernel_prior_fn": None, "kernel_divergence_fn": None},
+    "bias": {
+        "bias_posterior_fn": tfp.default_mean_field_normal_fn(),
+        "bias_posterior_tensor_fn": tfp.posterior_mean,
+        "bias_prior_fn": tfp.default_multivariate_normal_fn,
+        "bias_divergence_fn": doubled_kl,
+    },
+    "no bias": {"bias_posterior_fn": None, "bias_posterior_tensor_fn": None},
+    "seed": {"seed": 7},
+    "padding": {"padding": "SAME"},
+    "channels first": {"data_format": "channels_first"},
+    "strides": {"strides": 2},
+    "dilation": {"dilation_rate": 2},
+}
+_OF_CONVOLUTIONS = ("padding", "channels first", "strides", "dilation")
+
+
+def _arguments_of(name: str) -> list[str]:
+    return [
+        key
+        for key in ARGUMENTS
+        if (key not in _OF_CONVOLUTIONS or not name.startswith("Dense"))
+        and (key != "seed" or name.endswith("Flipout"))
+    ]
+
+
+@pytest.mark.parametrize("name", tfp_layers.NAMES)
+def test_round_trip_of_every_argument(name: str) -> None:
+    for key in _arguments_of(name):
+        _check_round_trip(tfp_layers.make(name, **ARGUMENTS[key]))
+    space = tfp_layers.SPACES[tfp_layers.stem_of(name)]
+    layer = tfp_layers.make(name, input_shape=(*space, 3), batch_size=2)
+    assert layer.get_config()["batch_input_shape"] == (2, *space, 3)
+    _check_round_trip(layer)
+
+
 @pytest.mark.parametrize("index", LAYERS)
 def test_round_trip_through_json(index: int) -> None:
-    layer = LAYERS[index]()
+    _check_round_trip(LAYERS[index]())
+
+
+def _check_round_trip(layer: Any) -> None:
     config = layer.get_config()
     text = json.dumps(config)
     again = type(layer).from_config(json.loads(text))
     assert json.dumps(again.get_config()) == text
     assert config == layer.get_config()
-    shape = [1, 9, 10, 3] if layer.rank else [1, 3]
-    x = torch.ones(shape, dtype=layer.dtype)
+    x = torch.ones([1, *[9, 10, 8][: layer.rank], 3], dtype=layer.dtype)
     x = x.movedim(-1, 1) if getattr(layer, "data_format", "") == "channels_first" else x
     layer.build(tuple(x.shape))
     again.build(tuple(x.shape))
@@ -151,8 +219,9 @@ PROPERTIES = [key for key in BEHAVIOUR["unbuilt"] if "(" not in key and not key.
 
 @pytest.mark.parametrize("state", ["unbuilt", "after_eager_call"])
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_recorded_properties(state: str, name: str) -> None:
-    layer = tfp.Convolution2DReparameterization(4, 3, name="layer")
+@pytest.mark.parametrize("estimator", tfp_layers.ESTIMATORS)
+def test_recorded_properties(state: str, name: str, estimator: str) -> None:
+    layer = getattr(tfp, f"Convolution2D{estimator}")(4, 3, name="layer")
     if state == "after_eager_call":
         layer(torch.ones(2, 5, 6, 3))
     recorded = BEHAVIOUR[state][name]
@@ -179,12 +248,27 @@ def test_recorded_properties(state: str, name: str) -> None:
         assert got == value
 
 
-def test_methods_of_an_eager_layer() -> None:
-    layer = tfp.Convolution2DReparameterization(4, 3)
+@pytest.mark.parametrize("name", tfp_layers.NAMES)
+def test_methods_of_an_eager_layer(name: str) -> None:
+    layer = tfp_layers.make(name)
     for kind in ("input", "output", "input_mask", "output_mask", "input_shape", "output_shape"):
         with pytest.raises(RuntimeError, match=f"get_{kind}_at: expected .* node 0"):
             getattr(layer, f"get_{kind}_at")(0)
-    x = torch.ones(1, 5, 5, 3)
+    x = tfp_layers.image(name)
+    assert layer.get_weights() == []
+    layer.set_weights([])
+    with pytest.raises(ValueError, match="expected 0 arrays"):
+        layer.set_weights([x.numpy()])
+    with pytest.raises(ValueError, match="count_params"):
+        layer.count_params()
+    layer(x, training=True)
+    assert layer.count_params() == sum(weight.size for weight in layer.get_weights())
+    with pytest.raises(ValueError, match="expected 3 arrays"):
+        layer.set_weights([])
+    with pytest.raises(TypeError, match="mask"):
+        layer(x, mask=None)
+    with pytest.raises(ValueError, match="got none"):
+        layer()
     assert layer.compute_mask(x) is None
     with pytest.raises(TypeError, match="does not support masking"):
         layer.compute_mask(x, x)

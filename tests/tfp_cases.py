@@ -32,10 +32,23 @@ def inject(eps: Tensor | None) -> Callable[[Any], Tensor]:
     def tensor_fn(distribution: Any) -> Tensor:
         if eps is None:
             return distribution.mean
-        base = distribution.base_dist
+        base = getattr(distribution, "base_dist", distribution)
         return base.loc + base.scale * eps.to(base.loc)
 
     return tensor_fn
+
+
+def recorded_eps(data: dict[str, np.ndarray], part: str) -> Tensor | None:
+    """The noise of a part; that of local reparameterisation is the kernel's."""
+    names = ("kernel_eps", "affine_eps") if part == "kernel" else ("bias_eps",)
+    found = [torch.from_numpy(data[name]) for name in names if name in data]
+    return found[0] if found else None
+
+
+def set_signs(layer: Any, sign_input: Any, sign_output: Any) -> None:
+    """Gives a Flipout layer the signs of its calls."""
+    signs = tuple(torch.as_tensor(sign) for sign in (sign_input, sign_output))
+    layer._signs = lambda *_: signs
 
 
 def _prior(spec: dict[str, Any] | None) -> Any:

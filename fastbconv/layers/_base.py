@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastbconv import _arguments, _call, activations, functional, noise
+from fastbconv import _arguments, _call, activations, estimators, functional, noise
 from fastbconv import kl as _kl
 from fastbconv.contexts import Entry, LayerContext, Sampled
+from fastbconv.estimators import Estimator
 
 EvalMode = Literal["sample", "mean"]
-ESTIMATORS = ("reparameterization",)
 INITIAL_SCALE = 0.1  # times 1 / sqrt(fan_in)
 
 
@@ -30,7 +30,7 @@ class BayesLayer(nn.Module):
     Attributes:
         weight_rho: untransformed scale of the weight: scale = floor + softplus(rho).
         bias_rho: untransformed scale of the bias; None: the bias is a point mass.
-        estimator: "reparameterization".
+        estimator: how noise enters, a name of ``fastbconv.estimators``.
         eval_mode: "sample", or "mean": no noise while ``training`` is False.
     """
 
@@ -49,18 +49,12 @@ class BayesLayer(nn.Module):
         eval_mode: str,
     ) -> None:
         """Checks the keyword-only options; called after nn.Module is set up."""
-        if estimator not in ESTIMATORS:
-            known = {"flipout", "local"}
-            kind = NotImplementedError if estimator in known else ValueError
-            raise kind(
-                f"estimator: expected {' or '.join(map(repr, ESTIMATORS))}, the estimator that "
-                f"exists, got {estimator!r}"
-            )
+        estimators.check(estimator)
         if eval_mode not in ("sample", "mean"):
             raise ValueError(f"eval_mode: expected 'sample' or 'mean', got {eval_mode!r}")
         activations.resolve(activation)  # an unknown name fails here, not at the first call
         self.activation = activation
-        self.estimator = estimator
+        self.estimator: Estimator = estimator
         self.eval_mode = eval_mode
         self._fb_context = None
         self._last_draw = None
@@ -205,10 +199,12 @@ class BayesLayer(nn.Module):
         """One forward pass through ``function``, under the layer's context."""
         context = self._fb_context if seed is None else None
         mean = self._means_by_itself and seed is None
+        estimator = self.estimator
         if context is not None:
             mean = mean or context.mode == "mean"
             if context.mode == "seed" and generator is None:
                 seed, mean = context.seed, False
+                estimator = "reparameterization"  # one draw of the weights, whatever the estimator
             grouped = context.group is not None and generator is None and not mean
             if grouped and not torch.compiler.is_compiling():
                 found = context.group.take(self, input, seed, num_samples == 1)
@@ -238,6 +234,7 @@ class BayesLayer(nn.Module):
             seed=seed,
             generator=generator,
             return_kl=returns_kl,
+            estimator=estimator,
             **arguments,
         )
         if wants_kl:
@@ -271,7 +268,7 @@ class BayesLayer(nn.Module):
 
     def _group_entries(self, with_kl: bool) -> list[Entry] | None:
         """What a group draws for this layer; None where the layer has to draw by itself."""
-        if self._means_by_itself or self._samples_prior:
+        if self._means_by_itself or self._samples_prior or self.estimator != "reparameterization":
             return None
         floor = _kl.default_scale_floor(self.weight.dtype)
         priors = (self.prior, self._bias_prior()) if with_kl else (None, None)
@@ -303,6 +300,8 @@ class BayesLayer(nn.Module):
             text += f", activation={self.activation!r}"
         if self._prior != _kl.NormalPrior(0.0, 1.0):
             text += f", prior={_prior_text(self._prior)}"
+        if self.estimator != "reparameterization":
+            text += f", estimator={self.estimator!r}"
         if self.eval_mode != "sample":
             text += f", eval_mode={self.eval_mode!r}"
         return text

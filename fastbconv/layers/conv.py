@@ -11,6 +11,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn.modules.conv import _ConvNd
 
 from fastbconv import _arguments, functional
+from fastbconv.estimators import Estimator
 from fastbconv.functional import ActivationLike
 from fastbconv.kl import PriorLike
 
@@ -49,7 +50,10 @@ class BayesConv2d(BayesLayer, _ConvNd):
             buffer) or a Parameter (trained); a ScaleMixture; a function that returns a torch
             distribution (both with a Monte-Carlo KL); None: no KL.
         bayesian_bias: also draw the bias; its prior is ``prior``.
-        estimator: 'reparameterization'.
+        estimator: 'reparameterization' (one draw of the weights for the batch), 'flipout' (a weight
+            of its own for every row, from sign flips of one draw), or 'local' (the pre-activations
+            are drawn: right marginals, but no covariances between pixels, hence another objective,
+            not one of less variance). See fastbconv.estimators.
         eval_mode: 'sample' or 'mean'.
 
     Shape:
@@ -65,7 +69,6 @@ class BayesConv2d(BayesLayer, _ConvNd):
     Raises:
         ValueError: a value that does not fit.
         TypeError: a type that does not fit.
-        NotImplementedError: an estimator that does not exist yet.
 
     Example:
         >>> layer = BayesConv2d(3, 8, 3, padding="same", activation="relu")
@@ -90,7 +93,7 @@ class BayesConv2d(BayesLayer, _ConvNd):
         activation: ActivationLike = None,
         prior: PriorLike = (0.0, 1.0),
         bayesian_bias: bool = False,
-        estimator: str = "reparameterization",
+        estimator: Estimator = "reparameterization",
         eval_mode: EvalMode = "sample",
     ) -> None:
         in_channels = _arguments.integer("in_channels", in_channels, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbconv import _arguments, functional
+from fastbconv.estimators import Estimator
 from fastbconv.functional import ActivationLike
 from fastbconv.kl import PriorLike
 
@@ -29,7 +30,8 @@ class BayesLinear(BayesLayer, nn.Linear):
         activation: name, function or module, fused where the kernels have it.
         prior: as in BayesConv2d; tensors broadcast to (out_features, in_features).
         bayesian_bias: also draw the bias; its prior is ``prior``.
-        estimator: 'reparameterization'.
+        estimator: 'reparameterization', 'flipout' or 'local', as in BayesConv2d; 'local' is exact
+            for a linear map.
         eval_mode: 'sample' or 'mean'.
 
     Shape:
@@ -44,7 +46,6 @@ class BayesLinear(BayesLayer, nn.Linear):
     Raises:
         ValueError: a value that does not fit.
         TypeError: a type that does not fit.
-        NotImplementedError: an estimator that does not exist yet.
 
     Example:
         >>> layer = BayesLinear(20, 10)
@@ -63,7 +64,7 @@ class BayesLinear(BayesLayer, nn.Linear):
         activation: ActivationLike = None,
         prior: PriorLike = (0.0, 1.0),
         bayesian_bias: bool = False,
-        estimator: str = "reparameterization",
+        estimator: Estimator = "reparameterization",
         eval_mode: EvalMode = "sample",
     ) -> None:
         in_features = _arguments.integer("in_features", in_features, 1)

@@ -52,7 +52,7 @@ LAYER_OPTIONS = (
 )
 _INSTEAD = {
     "use_bias": "bias_posterior_fn=None leaves the bias out",
-    "seed": "pass it to the call: layer(x, seed=...)",
+    "seed": "pass it to the call, layer(x, seed=...), or take a Flipout layer",
     "groups": "fastbconv.BayesConv2d has groups",
     "kernel_initializer": "kernel_posterior_fn=default_mean_field_normal_fn(loc_initializer=...)",
     "kernel_regularizer": "kernel_posterior_fn=default_mean_field_normal_fn(loc_regularizer=...)",
@@ -82,6 +82,16 @@ def positive_int(name: str, value: Any) -> int:
     number = _integer(name, value)
     if number <= 0:
         raise ValueError(f"{name}: expected a positive integer, got {number}")
+    return number
+
+
+def optional_seed(name: str, value: Any) -> int | None:
+    """None, or an integer of at most 64 bits."""
+    if value is None:
+        return None
+    number = _integer(name, value)
+    if not -(1 << 63) <= number < 1 << 64:
+        raise ValueError(f"{name}: expected an integer of at most 64 bits, got {number}")
     return number
 
 

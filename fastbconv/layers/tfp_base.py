@@ -10,6 +10,7 @@ tensor. Divergences are computed when they are read.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbconv import activations, regularizers
+from fastbconv import activations, noise, regularizers
 from fastbconv.contexts import LayerContext, Sampled
+from fastbconv.estimators import Estimator
 
 from . import tfp_arguments as arguments
 from . import tfp_distributions as distributions
@@ -27,9 +29,11 @@ from .tfp_config import Configurable, NamedActivation
 from .tfp_distributions import MeanFieldNormalFn, VariableFn
 from .tfp_keras import KerasSurface, layer_name
 from .tfp_losses import LossBook
-from .tfp_sampling import PARTS, Part, Posterior, Sampler
-from .tfp_variables import VariableStore
+from .tfp_sampling import PARTS, Call, Part, Sampler
+from .tfp_variables import VariableStore, to_operator
 
+DEFAULT_POSTERIOR: Final = MeanFieldNormalFn()
+DEFAULT_POINT_MASS: Final = MeanFieldNormalFn(is_singular=True)
 _MISSING: Final = object()
 
 
@@ -37,19 +41,33 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
     """Base of the TFP face. Subclasses say what the kernel's shape is and how it is applied."""
 
     is_bayesian = True
-    rank: int
+    rank: int  # number of spatial axes
+    _channel_axis: int
     activation: Any
     activity_regularizer: Callable[[Tensor], Tensor] | None
     _fb_context: LayerContext | None
     _short_name = ""
-    # Used by the other estimators, whose layers never form a kernel sample.
+    _estimator: Estimator = "reparameterization"
+    _options: tuple[str, ...] = arguments.LAYER_OPTIONS
+    # Used by the other estimators, whose layers form no kernel sample.
     kernel_posterior_affine = None
     kernel_posterior_affine_tensor = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Gives a class the documented signature; one with its own ``__init__`` has that one's."""
+        super().__init_subclass__(**options)
+        cls.__signature__ = None if "__init__" in vars(cls) else cls._documented_signature()
+
+    @classmethod
+    def _documented_signature(cls) -> inspect.Signature:
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()
+        takes_seed = "seed" in cls._options
+        return inspect.Signature([p for p in parameters if takes_seed or p.name != "seed"])
 
     def __init__(
         self, activation: Any, activity_regularizer: Any, functions: dict[str, Any], options: Any
     ) -> None:
-        arguments.reject_unknown(options, arguments.LAYER_OPTIONS)
+        arguments.reject_unknown(options, self._options)
         trainable = bool(options.get("trainable", True))
         dtype = arguments.dtype(options.get("dtype"))
         kind = type(self).__dict__.get("_short_name") or type(self).__name__
@@ -58,10 +76,8 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         activations.resolve(activation, face="keras")  # an unknown name fails here
         functions = self._checked_functions(functions)
         super().__init__(trainable, dtype, options.get("device"))
-        self._name, self._dynamic = name, bool(options.get("dynamic", False))
-        self._autocast = bool(options.get("autocast", True))
-        self._batch_input_shape = arguments.batch_input_shape(options)
-        self._initial_weights = options.get("weights")
+        self._name = name
+        self._read_options(options)
         self._fb_context = self._last = None
         self._user_variables: list[str] = []
         self.activation = (
@@ -74,6 +90,12 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
             setattr(self, key, function)
         self.input_spec = self._input_spec(None)
         self._reserve_variables()
+
+    def _read_options(self, options: dict[str, Any]) -> None:
+        self._dynamic = bool(options.get("dynamic", False))
+        self._autocast = bool(options.get("autocast", True))
+        self._batch_input_shape = arguments.batch_input_shape(options)
+        self._initial_weights = options.get("weights")
 
     @staticmethod
     def _checked_functions(functions: dict[str, Any]) -> dict[str, Any]:
@@ -93,13 +115,18 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
     def _shape_of(self, part: Part, channels: int) -> tuple[int, ...]:
         raise NotImplementedError
 
-    def _channels_of(self, shape: tuple[int | None, ...]) -> int | None:
+    def _to_operators(self, inputs: Tensor) -> Tensor:
+        """The view of an input, or of an output, that the operators take: channels before space."""
         raise NotImplementedError
 
-    def _apply_posteriors(
-        self, inputs: Tensor, kernel: Posterior, bias: Posterior | None, **options: Any
+    def _from_operators(self, output: Tensor) -> Tensor:
+        """The inverse view."""
+        raise NotImplementedError
+
+    def _affine_map(
+        self, inputs: Tensor, weight: Tensor, rho: Tensor | None, *bias: Any, **options: Any
     ) -> Any:
-        """The affine map with a fused activation: an output, or the pair (output, kl)."""
+        """The affine map in the operators' layout: an output, or the pair (output, kl)."""
         raise NotImplementedError
 
     # --- build ------------------------------------------------------------------------------------
@@ -131,7 +158,7 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         """
         shape = arguments.shape_tuple("input_shape", input_shape)
         arguments.check_rank(self.name, shape, self._input_spec(None))
-        channels = self._channels_of(shape)
+        channels = shape[self._channel_axis]
         if not channels:
             raise ValueError(
                 f"input_shape: expected a known, positive number of channels, got {channels} in "
@@ -234,12 +261,12 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         seed: int | Tensor | None = None,
         training: bool | None = None,
     ) -> Tensor:
-        """One stochastic pass: one draw of kernel and bias, shared by the whole batch.
+        """One stochastic pass; every call draws anew, in training and inference alike.
 
         Args:
             inputs: floating-point tensor or NumPy array; cast to the layer's dtype.
             seed: of the noise, an int or an int64 tensor (2,); None draws one from PyTorch's
-                generator.
+                generator, or from that of a Flipout layer with a seed of its own.
             training: accepted and ignored, as in TFP.
 
         Returns:
@@ -252,30 +279,35 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         del training
         x = self._checked_input(inputs)
         context = self._fb_context if seed is None else None
-        mean = context is not None and context.mode == "mean"
-        found: Sampled | Tensor | None = seed
-        if context is not None and context.mode == "seed":
-            found = context.seed
-        grouped = context is not None and context.group is not None and not mean
+        mode = None if context is None else context.mode
+        found: Sampled | Tensor | int | None = context.seed if mode == "seed" else seed
+        grouped = context is not None and context.group is not None and mode != "mean"
         if grouped and not torch.compiler.is_compiling():
             found = context.group.take(self, x, found, True)
-        held: dict[str, Tensor] = {}
-        if type(found) is Sampled:
-            posteriors, draw = self._posteriors_of(found), found.seed
-        else:
-            posteriors, draw = self._draw_posteriors(found, mean, x.device, held)
-        output, total, priors = self._apply_drawn(x, posteriors, draw)
-        self._remember(inputs, output, draw, mean, held)
+        sampled = found if type(found) is Sampled else None
+        found = found if sampled is None else sampled.seed
+        call = Call(
+            seed=None if found is None else noise.seed_tensor(found, x.device),
+            given=found is not None,
+            mean=mode == "mean",
+            estimator="reparameterization" if mode == "seed" else self._estimator,
+        )
+        output, total, priors = self._run(x, call, sampled)
+        self._remember(call, inputs, output)
         if total is not None:
-            if type(found) is Sampled and found.kl is not None:
-                total, priors = found.kl, dict.fromkeys(found.kl_parts, True)
+            if sampled is not None and sampled.kl is not None:
+                total, priors = sampled.kl, dict.fromkeys(sampled.kl_parts, True)
             self._fb_context.record(self._with_other_divergences(total, priors))
         return output if context is None else context.bind(output)
 
-    def _apply_drawn(
-        self, x: Tensor, posteriors: dict[Part, Posterior], draw: Tensor | None
+    def _run(
+        self, x: Tensor, call: Call, sampled: Sampled | None
     ) -> tuple[Tensor, Tensor | None, dict[Part, Any]]:
         """Output, and the KL that the pass sums where a collector waits for it, with its priors."""
+        if sampled is None:
+            posteriors = self._draw_posteriors(call, x.device)
+        else:
+            posteriors = self._posteriors_of(sampled)
         wants_kl = self._fb_context is not None and self._fb_context.wants_kl
         priors = {
             part: self._closed_prior(part)
@@ -283,18 +315,22 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
             if wants_kl and rho is not None
         }
         resolved = activations.resolve(self._activation_spec, face="keras")
-        result = self._apply_posteriors(
-            x,
-            posteriors["kernel"],
-            posteriors.get("bias", (None, None)),
+        loc, rho = posteriors["kernel"]
+        result = self._affine_map(
+            self._to_operators(x),
+            to_operator(loc),
+            None if rho is None else to_operator(rho),
+            *posteriors.get("bias", (None, None)),
             activation=resolved if resolved.fn is None else None,
             prior=priors.get("kernel"),
             bias_prior=priors.get("bias"),
-            seed=draw,
+            seed=call.seed,
             scale_floor=torch.finfo(self._dtype).eps,
             return_kl=wants_kl,
+            estimator=call.estimator,
         )
         output, total = result if wants_kl else (result, None)
+        output = self._from_operators(output)
         if resolved.fn is not None:
             output = resolved.fn(output)
         return output, total, priors

@@ -18,36 +18,28 @@ from fastbconv import functional, kl
 
 from . import tfp_distributions as distributions
 from .tfp_distributions import MeanFieldNormalFn
-from .tfp_sampling import PARTS, LastCall, Part
+from .tfp_sampling import PARTS, Call, Part
 from .tfp_variables import to_operator
 
 
 class LossBook(nn.Module):
     """The losses of one layer."""
 
-    _last: LastCall | None = None
+    _last: Call | None = None
 
-    def _remember(
-        self,
-        inputs: Any,
-        output: Tensor,
-        seed: Tensor | None,
-        mean: bool,
-        tensors: dict[str, Tensor],
-    ) -> None:
-        activity = None
+    def _remember(self, call: Call, inputs: Any, output: Tensor) -> None:
         if self.activity_regularizer is not None:
             rows = output.shape[0]
             activity = self.activity_regularizer(output)
-            activity = activity / rows if rows else torch.zeros_like(activity)
+            call.activity = activity / rows if rows else torch.zeros_like(activity)
         if torch.compiler.is_compiling():
-            self._last = LastCall(seed, mean, tensors, activity, None)
-            return
-        if any(map(_is_wrapped, (seed, output))):
+            self._last = call
+        elif any(map(_is_wrapped, (call.seed, output))):
             # Inside a torch.func transform: its tensors must not outlive it.
-            self._last = LastCall(None, mean, {}, None, None)
-            return
-        self._last = LastCall(seed, mean, tensors, activity, weakref.ref(inputs))
+            self._last = Call(mean=call.mean, estimator=call.estimator)
+        else:
+            call.inputs = weakref.ref(inputs)
+            self._last = call
 
     def _forget_last_call(self) -> None:
         """Back to the state before the first call: ``losses`` is empty but for regularisers."""

@@ -8,8 +8,8 @@ layer's seed where one is given.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastbconv import functional, noise
 from fastbconv.contexts import Entry, Sampled
+from fastbconv.estimators import Estimator
 from fastbconv.kl import NormalPrior
 
 from . import tfp_arguments as arguments
@@ -39,59 +40,69 @@ _BUILT_IN_TENSOR_FNS: Final = (distributions.posterior_sample, distributions.pos
 
 
 @dataclass
-class LastCall:
-    """What is known of the last call.
+class Call:
+    """What a call draws from; afterwards, what is known of the last call.
 
     Attributes:
         seed: int64 (2,) of the noise; None: no noise was drawn.
-        mean: the posterior means were used.
-        tensors: samples that cannot be made again, by part.
+        given: the seed was given, so that distributions which draw by themselves obey it.
+        mean: the posterior means are used.
+        estimator: how noise enters; "reparameterization" also where a context asks for one draw of
+            the weights that all calls share.
+        tensors: what cannot be made again, the results of the user's own functions: "kernel" and
+            "bias" samples, or "affine", what another estimator's tensor function returned.
         activity: the activity loss.
         inputs: weak reference to the input.
     """
 
-    seed: Tensor | None
-    mean: bool
-    tensors: dict[str, Tensor]
-    activity: Tensor | None
-    inputs: Callable[[], Any] | None
+    seed: Tensor | None = None
+    given: bool = False
+    mean: bool = False
+    estimator: Estimator = "reparameterization"
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    activity: Tensor | None = None
+    inputs: Callable[[], Any] | None = None
 
 
 class Sampler(nn.Module):
     """Draws the kernel and the bias of a call, and draws them again."""
 
-    _last: LastCall | None = None
+    _last: Call | None = None
 
     def _is_built_in(self, part: Part, mean: bool = False) -> bool:
         """Whether the operators can draw this part themselves."""
         if type(getattr(self, _POSTERIOR_FN[part])) is not MeanFieldNormalFn:
             return False
-        return mean or getattr(self, _TENSOR_FN[part]) in _BUILT_IN_TENSOR_FNS
+        return mean or self._has_built_in_tensor_fn(part)
+
+    def _has_built_in_tensor_fn(self, part: Part) -> bool:
+        return getattr(self, _TENSOR_FN[part]) in _BUILT_IN_TENSOR_FNS
+
+    def _fresh_seed(self, device: torch.device) -> Tensor:
+        """The seed of a call to which none is given."""
+        return _rank_seed(None, device)
 
     def _draw_posteriors(
-        self, seed: int | Tensor | None, mean: bool, device: torch.device, held: dict[str, Tensor]
-    ) -> tuple[dict[Part, Posterior], Tensor | None]:
-        """What the operators use of each part, and the seed of its noise.
+        self, call: Call, device: torch.device, parts: Sequence[Part] = PARTS
+    ) -> dict[Part, Posterior]:
+        """What the operators use of each part: (loc, rho), or (a sample by the user's functions,
+        None).
 
-        A part is (loc, rho), or (a sample by the user's functions, None), which goes to ``held``
-        too. Without need of noise no seed is drawn: PyTorch's generator is left alone.
+        Without need of noise no seed is drawn: PyTorch's generator is left alone.
         """
+        mean = call.mean
         found: dict[Part, Posterior | None] = {
             part: self._built_in_posterior(part, mean) if self._is_built_in(part, mean) else None
-            for part in PARTS
+            for part in parts
             if getattr(self, _POSTERIOR_FN[part]) is not None
         }
-        given = seed is not None
-        draw = noise.seed_tensor(seed, device) if given else None
-        if not (given or mean) and any(p is None or p[1] is not None for p in found.values()):
-            draw = _rank_seed(None, device)
-        posteriors = {
-            part: (self._sample_by_functions(part, draw, given, mean, held), None)
-            if posterior is None
-            else posterior
+        noisy = any(p is None or p[1] is not None for p in found.values())
+        if call.seed is None and noisy and not mean:
+            call.seed = self._fresh_seed(device)
+        return {
+            part: (self._sample_by_functions(part, call), None) if posterior is None else posterior
             for part, posterior in found.items()
         }
-        return posteriors, draw
 
     def _built_in_posterior(self, part: Part, mean: bool) -> Posterior:
         """(loc, rho) of a built-in posterior; rho None where its mean is used."""
@@ -131,39 +142,29 @@ class Sampler(nn.Module):
             posteriors["bias"] = fixed if bias is None else (bias, None)
         return posteriors
 
-    def _sample_by_functions(
-        self, part: Part, draw: Tensor | None, given: bool, mean: bool, held: dict[str, Tensor]
-    ) -> Tensor:
+    def _sample_by_functions(self, part: Part, call: Call) -> Tensor:
         """The sample of a part through its distribution and tensor function."""
         distribution = self._distribution(f"{part}_posterior")
-        if mean:
+        shape = self._shape_of(part, self._channels)
+        if call.mean:
             value = distribution.mean
             value = value() if callable(value) and not isinstance(value, Tensor) else value
+            value = arguments.sample_tensor(f"mean of {part}_posterior", value, shape)
         else:
-            if draw is not None:
-                self._give_noise(distribution, part, draw)
-            with seeded_generator(draw if given else None):
-                value = distributions.call_function(
-                    f"{part}_posterior_tensor_fn",
-                    getattr(self, f"{part}_posterior_tensor_fn"),
-                    distribution,
-                )
-        shape = self._shape_of(part, self._channels)
-        held[part] = arguments.sample_tensor(f"{part}_posterior_tensor_fn", value, shape)
-        return held[part].to(self._dtype)
+            if call.seed is not None:
+                give_noise(distribution, part, call.seed)
+            value = self._call_tensor_fn(part, distribution, shape, call)
+        call.tensors[part] = value
+        return value.to(self._dtype)
 
-    def _give_noise(self, distribution: Any, part: Part, draw: Tensor) -> None:
-        """Lets a built-in posterior draw from the layer's seed: the noise of the fused path."""
-        base = getattr(distribution, "base_dist", None)
-        if not isinstance(base, distributions.SeededNormal):
-            return
-        shape = to_operator(base.loc).shape
-
-        def eps(number: int) -> Tensor:
-            drawn = noise.weight_eps(draw, shape, number, stream=STREAMS[part])
-            return from_operator(drawn)
-
-        base.eps_source = eps
+    def _call_tensor_fn(
+        self, part: Part, distribution: Any, shape: Sequence[int], call: Call
+    ) -> Tensor:
+        """What the tensor function of a part makes of a distribution."""
+        name = _TENSOR_FN[part]
+        with seeded_generator(call.seed if call.given else None):
+            value = distributions.call_function(name, getattr(self, name), distribution)
+        return arguments.sample_tensor(name, value, shape)
 
     # --- the last call ----------------------------------------------------------------------------
 
@@ -176,7 +177,7 @@ class Sampler(nn.Module):
             return last.tensors[part]
         mean = last is not None and last.mean
         if not self._is_built_in(part, mean):
-            return self._sample_by_functions(part, None, False, mean, {})
+            return self._sample_by_functions(part, Call(mean=mean))
         loc, rho = self._built_in_posterior(part, mean)
         if rho is None:
             return loc
@@ -190,13 +191,13 @@ class Sampler(nn.Module):
         )
         return from_operator(draws[0])
 
-    def _sample_after_call(self, part: Part) -> Tensor | None:
+    def _last_call(self, what: str) -> Call:
         if self._last is None:
             raise AttributeError(
-                f"{part}_posterior_tensor: expected a layer that has been called, got "
-                f"{self.name!r} before its first call"
+                f"{what}: expected a layer that has been called, got {self.name!r} before its "
+                "first call"
             )
-        return self._sample_of_last_call(part)
+        return self._last
 
     @property
     def kernel_posterior_tensor(self) -> Tensor | None:
@@ -205,12 +206,27 @@ class Sampler(nn.Module):
         Made again from the call's seed and the present variables; the very tensor of the call where
         the user's own functions drew it.
         """
-        return self._sample_after_call("kernel")
+        self._last_call("kernel_posterior_tensor")
+        return self._sample_of_last_call("kernel")
 
     @property
     def bias_posterior_tensor(self) -> Tensor | None:
         """The bias of the last call, or None without a bias."""
-        return self._sample_after_call("bias")
+        self._last_call("bias_posterior_tensor")
+        return self._sample_of_last_call("bias")
+
+
+def give_noise(distribution: Any, part: Part, draw: Tensor) -> None:
+    """Lets a built-in posterior draw from the layer's seed: the noise of the fused path."""
+    base = getattr(distribution, "base_dist", None)
+    if not isinstance(base, distributions.SeededNormal):
+        return
+    shape = to_operator(base.loc).shape
+
+    def eps(number: int) -> Tensor:
+        return from_operator(noise.weight_eps(draw, shape, number, stream=STREAMS[part]))
+
+    base.eps_source = eps
 
 
 @contextlib.contextmanager
