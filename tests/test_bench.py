@@ -199,6 +199,12 @@ def test_columns_compute_the_layer(shape: Shape) -> None:
     assert check.check([shape], columns.select(["default"], [])) == (8, [])
 
 
+@pytest.mark.parametrize("shape", [TINY, Shape(3, 1, 9, 8, 1), Shape(3, 6, 1, 8, 5)], ids=str)
+def test_estimators_compute_the_layer(shape: Shape) -> None:
+    names = [name for name, column in columns.COLUMNS.items() if column.group == "estimator"]
+    assert check.check([shape], columns.select(names, [])) == (6, [])
+
+
 @pytest.mark.parametrize("fault", ["output", "kl", "grad"])
 def test_check_sees_a_wrong_result(fault: str) -> None:
     def build(problem: Problem):

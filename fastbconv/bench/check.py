@@ -98,8 +98,11 @@ def _evaluate(
     }
     input, loc, rho, bias = leaves.values()
     scale = program.scale_floor + F.softplus(rho)
-    weight = loc + scale * eps.to(dtype)
-    before = F.conv2d(input, weight, bias, padding=problem.shape.padding)
+    if program.affine is None:
+        weight = loc + scale * eps.to(dtype)
+        before = F.conv2d(input, weight, bias, padding=problem.shape.padding)
+    else:
+        before = program.affine(_SEED, input, loc, scale) + bias[:, None, None]
     kl = closed_form_kl(loc, scale)
     values = {"output": before.detach().relu(), "kl": kl.detach()}
     if not result.grads:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastbconv as fb
-from fastbconv import noise
+from fastbconv import estimators, noise
 
-from .problem import Problem, Program, program, unfused_layer
+from .problem import Problem, Program, closed_form_kl, program, unfused_layer
 
 FLOOR: Final = 2.0**-23  # what the torch face adds to softplus(rho)
 F4_SLACK: Final = (
@@ -34,7 +34,7 @@ class Column:
         name: in tables and on the command line.
         text: what is timed, for the header.
         build: data of a row -> calls.
-        group: "deterministic", "ours", "unfused" or "peer".
+        group: "deterministic", "ours", "estimator", "unfused" or "peer".
         default: whether it is measured when no columns are named.
     """
 
@@ -147,6 +147,80 @@ def _on_access(problem: Problem) -> Program:
         return layer(input), layer.kl_loss()
 
     return program(problem, call, leaves, "nhwc", partial(_seeded_eps, problem), scale_floor=FLOOR)
+
+
+# --- other estimators -----------------------------------------------------------------------------
+
+
+def _signs(seed: Tensor, rows: int, channels: int, stream: str) -> Tensor:
+    return noise.random_signs(seed, (rows, channels), stream=stream)[:, :, None, None]
+
+
+def _replayed(
+    problem: Problem, estimator: str, seed: int, input: Tensor, loc: Tensor, scale: Tensor
+) -> Tensor:
+    """Our Flipout or local reparameterisation of one call, by plain PyTorch on its noise."""
+    torch.manual_seed(seed)
+    drawn, shape = noise.draw_seed(), problem.shape
+    apply = partial(F.conv2d, padding=shape.padding)
+    if estimator == "flipout":
+        delta = scale * noise.weight_eps(drawn, problem.loc.shape).to(scale.dtype)
+        sides = (("sign_input", shape.C), ("sign_output", shape.K))
+        signs = (_signs(drawn, shape.N, count, stream).to(input.dtype) for stream, count in sides)
+        return estimators.flipout(apply, input, loc, delta, *signs)
+    mean, deviation = estimators.local_moments(apply, input, loc, scale)
+    size = (shape.N, shape.H, shape.H, shape.K)
+    eps = noise.standard_normal(drawn, size, stream="local").permute(0, 3, 1, 2)
+    return mean + deviation * eps.to(mean.dtype)
+
+
+def _estimator(problem: Problem, name: str) -> Program:
+    def layer(input: Tensor, loc: Tensor, rho: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return fb.functional.bayes_conv2d(
+            input, loc, rho, bias, padding=problem.shape.padding, activation="relu",
+            return_kl=True, estimator=name,
+        )  # fmt: skip
+
+    leaves = _leaves(problem, "nhwc", "nhwc")
+    affine = partial(_replayed, problem, name)
+    return program(problem, layer, leaves, "nhwc", None, affine=affine, scale_floor=FLOOR)
+
+
+def _estimator_by_hand(problem: Problem, name: str) -> Program:
+    """Two convolutions and what goes around them, as anybody writes it."""
+    shape = problem.shape
+    apply = partial(F.conv2d, padding=shape.padding)
+
+    def layer(input: Tensor, loc: Tensor, rho: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        scale = F.softplus(rho)
+        if name == "flipout":
+            delta = scale * torch.randn_like(loc)
+            r = torch.randint(2, (shape.N, shape.C, 1, 1), dtype=input.dtype) * 2 - 1
+            t = torch.randint(2, (shape.N, shape.K, 1, 1), dtype=input.dtype) * 2 - 1
+            z = estimators.flipout(apply, input, loc, delta, r, t)
+        else:
+            mean, deviation = estimators.local_moments(apply, input, loc, scale)
+            z = mean + deviation * torch.randn_like(mean)
+        return F.relu(z + bias[:, None, None]), closed_form_kl(loc, scale)
+
+    leaves = _leaves(problem, "nhwc", "nchw")
+    # Its noise is not replayed: what is compared is the KL.
+    return program(problem, layer, leaves, "nhwc", None, right=("kl",))
+
+
+for _name, _text in (("flipout", "Flipout"), ("local", "local reparameterisation")):
+    _column(
+        _name,
+        f"ours, {_text}; noise, KL, bias, relu in one call; channels_last tensors",
+        "estimator",
+        False,
+    )(partial(_estimator, name=_name))
+    _column(
+        f"{_name}-unfused",
+        f"{_text} by two convolutions of PyTorch, channels_last input",
+        "estimator",
+        False,
+    )(partial(_estimator_by_hand, name=_name))
 
 
 # --- ten lines of PyTorch -------------------------------------------------------------------------

@@ -42,6 +42,8 @@ class Program:
         leaves: name -> leaf, among input, loc, rho, bias.
         eps: the noise of the last call made after ``torch.manual_seed(seed)``, by that seed;
             (K, C, k, k). None: a column without noise.
+        affine: (seed, input, loc, scale) -> the pre-activation without bias of that call, in the
+            dtype of its tensors, for an estimator that does not convolve with loc + scale * eps.
         scale_floor: added to softplus(rho).
         right: results that --check compares: "output", "kl", and names of leaves.
         slack: times the error that --check grants everybody: a column that trades it for speed.
@@ -52,6 +54,7 @@ class Program:
     graph: Callable[[], Result]
     leaves: dict[str, Tensor]
     eps: Callable[[int], Tensor] | None
+    affine: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None
     scale_floor: float = 0.0
     right: tuple[str, ...] = ("output", "kl", "input", "loc", "rho", "bias")
     slack: float = 1.0
