@@ -13,14 +13,6 @@ const ConvKernels<T>& methods(Algorithm method) {
   return method == Algorithm::kWinograd2 ? kernels<T>().winograd2 : kernels<T>().direct;
 }
 
-// What is drawn: with signs only the perturbation.
-template <typename T>
-PosteriorParams<T> weight_params(const ConvCall& call) {
-  PosteriorParams<T> p = host_posterior_params<T>(call.weight);
-  if (call.signs.input != nullptr) p.term = WeightTerm::kPerturbation;
-  return p;
-}
-
 // A linear layer's incoming gradient, where it already has the memory and dtype that kernels read.
 bool can_use_as_is(const ConvCall& call, const ConvBackward& back) {
   return back.saved == nullptr && back.grad_output->scalar_type() == call.parameter_dtype() &&
@@ -43,7 +35,7 @@ at::Tensor draw_bias(const ConvCall& call, double* kl) {
 template <typename T>
 void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out) {
   const auto& table = methods<T>(method);
-  const auto p = weight_params<T>(call);
+  const auto p = host_posterior_params<T>(call.weight);
   out->output = empty_output(call);
   FpropParams f = {};
   at::Tensor bias;
@@ -126,7 +118,7 @@ void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad
   d.grad_input_stride = image_strides(grad_input);
   const Parallel parallel = parallel_loop();
   const at::Tensor scratch = workspace(table.dgrad_workspace(d, parallel.threads));
-  table.dgrad(d, weight_params<T>(call), parallel, scratch.mutable_data_ptr());
+  table.dgrad(d, host_posterior_params<T>(call.weight), parallel, scratch.mutable_data_ptr());
 }
 
 template <typename T>
@@ -142,7 +134,7 @@ void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad
   w.grad = grad.const_data_ptr();
   const Parallel parallel = parallel_loop();
   const at::Tensor scratch = workspace(table.wgrad_workspace(w, parallel.threads));
-  table.wgrad(w, weight_params<T>(call), grads, parallel, scratch.mutable_data_ptr());
+  table.wgrad(w, host_posterior_params<T>(call.weight), grads, parallel, scratch.mutable_data_ptr());
 }
 
 template at::Tensor draw_bias<float>(const ConvCall&, double*);

@@ -19,10 +19,10 @@ struct ImageStrides {  // of an (N, H, W, C) view of any tensor
   int64_t n, h, w, c;
 };
 
-// What a convolution multiplies with: a draw of the weight, or one of the two parts that Flipout and
-// local reparameterisation take it apart into (the third, the mean, is a point mass at loc).
+// What a convolution multiplies with: a draw of the weight, or one of the parts that Flipout and local
+// reparameterisation take it apart into (the mean is a point mass at loc).
 enum class WeightTerm : int32_t {
-  kSample = 0,        // loc + scale * eps
+  kSample = 0,        // loc + scale * eps; where signs are used also its mirror image, loc - scale * eps
   kPerturbation = 1,  // scale * eps
   kVariance = 2,      // scale^2
 };

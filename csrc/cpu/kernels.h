@@ -20,8 +20,8 @@ struct Parallel {
               void* context);
 };
 
-// Flipout: image n of the output rows is convolved with loc + (t_n r_n^T) * delta, whose delta is the
-// draw. The posterior's term is then kPerturbation. Null: no signs.
+// Flipout: image n of the output rows is convolved with loc + (t_n r_n^T) * delta, where loc + delta is
+// the draw. Null: no signs.
 struct FlipSigns {
   const float* input;           // r: (output_rows, C)
   const float* output;          // t: (output_rows, K)

@@ -1,6 +1,6 @@
 // Flipout by weights of rows, convolutions of squares, and the elementwise passes of Flipout and local
-// reparameterisation, against plain loops. What is drawn is an integer here: a variance whose rho is
-// so large that softplus(rho) = rho, so that every sum is exact whatever its order.
+// reparameterisation, against plain loops in double. rho is so large that softplus(rho) = rho: variances
+// are integers, and the convolutions of squares exact. Flipout is fed with the kernels' own noise.
 #include <cmath>
 #include <cstring>
 
@@ -18,11 +18,13 @@ struct Data {
   Image<double> input;
   Values loc, rho, grad, bias;
   std::vector<float> sign_input, sign_output;
+  NoiseKey noise;
 
   Data(Random& random, const Problem& p)
       : problem(p), input(random, p.s.N, p.s.H, p.s.W, p.s.C, static_cast<int>(random.below(3))) {
     const ConvShape& s = p.s;
     for (double& v : input.data) v = small_integer<double>(random);
+    noise = {random.next(), random.next()};
     fill(random, &loc, p.weight_elements(), -3, 3);
     fill(random, &rho, p.weight_elements(), 41, 47);
     fill(random, &grad, s.output_rows() * s.P * s.Q * s.K, -3, 3);
@@ -35,20 +37,23 @@ struct Data {
     for (int64_t i = 0; i < count; ++i) values->push_back(static_cast<double>(random.between(low, high)));
   }
 
-  PosteriorParams<double> posterior() const {
+  PosteriorParams<double> posterior(WeightTerm term) const {
     PosteriorParams<double> q = point_mass(problem, loc);
     q.rho = rho.data();
     q.rho_stride = q.loc_stride;
-    q.term = WeightTerm::kVariance;
+    q.term = term;
+    q.noise = noise;
+    q.stream = Stream::kWeight;
     return q;
   }
   double flip(int64_t n, int64_t k, int64_t c) const {
     return static_cast<double>(sign_output[static_cast<size_t>(n * problem.s.K + k)]) *
            static_cast<double>(sign_input[static_cast<size_t>(n * problem.s.C + c)]);
   }
-  double variance(int64_t element) const {
-    const double scale = rho[static_cast<size_t>(element)];
-    return scale * scale;
+  // What draw `sample` gains by one unit of its scale, over the sign.
+  double eps(int64_t sample, int64_t element) const {
+    const NoiseKey key = {noise.key, noise.offset + static_cast<uint64_t>(sample)};
+    return static_cast<double>(standard_normal(key, Stream::kWeight, static_cast<uint64_t>(element)));
   }
   double grad_at(int64_t n, int64_t p, int64_t q, int64_t k) const {
     const ConvShape& s = problem.s;
@@ -56,14 +61,14 @@ struct Data {
   }
 };
 
-bool near(const Values& got, const Values& want) {
+bool near(const Values& got, const Values& want, double tolerance = 1e-12) {
   double most = 0, error = 0;
   for (size_t i = 0; i < want.size(); ++i) {
     most = std::fmax(most, std::fabs(want[i]));
     const double e = std::fabs(got[i] - want[i]);
     error = e <= error ? error : e;  // a NaN stays
   }
-  return error <= 1e-13 * most;
+  return error <= tolerance * most;
 }
 
 // with_signs: Flipout by weights of rows; else the convolution of squares with the variance.
@@ -80,40 +85,47 @@ void check_convolution(Random& random, const Data& d, bool winograd, bool with_s
   for_each_product(s, [&](int64_t n, int64_t p, int64_t q, int64_t k, int64_t source, int64_t h, int64_t w,
                           int64_t c, int64_t element) {
     const size_t e = static_cast<size_t>(element);
-    const double flip = with_signs ? d.flip(n, k, c) : 1.0, scale = d.rho[e];
-    const double weight = (with_signs ? d.loc[e] : 0.0) + flip * d.variance(element);
-    const double value = x.at(source, h, w, c), operand = with_signs ? value : value * value;
+    const double scale = d.rho[e], value = x.at(source, h, w, c), g = d.grad_at(n, p, q, k);
+    const double eps = with_signs ? d.flip(n, k, c) * d.eps(n / s.rows_per_sample(), element) : 2.0 * scale;
+    const double weight = with_signs ? d.loc[e] + scale * eps : scale * scale;
+    const double operand = with_signs ? value : value * value;
     want.at(n, p, q, k) += operand * weight;
-    want_dx.at(source, h, w, c) += d.grad_at(n, p, q, k) * weight;
-    by_loc[e] += d.grad_at(n, p, q, k) * operand;
-    by_rho[e] += d.grad_at(n, p, q, k) * operand * flip * 2.0 * scale;
+    want_dx.at(source, h, w, c) += g * weight;
+    by_loc[e] += g * operand;
+    by_rho[e] += g * operand * eps;
   });
   const Parallel parallel = parallel_in(static_cast<int32_t>(random.between(1, 3)));
-  const PosteriorParams<double> posterior = d.posterior();
+  const PosteriorParams<double> posterior =
+      d.posterior(with_signs ? WeightTerm::kSample : WeightTerm::kVariance);
+  const double tolerance = with_signs ? 1e-12 : 0.0;
   FpropParams f = {};
   f.shape = s, f.dtype = f.weight_dtype = f.output_dtype = Dtype::kFloat64;
   f.input = x.base, f.input_stride = x.stride, f.square_input = !with_signs, f.signs = signs;
   f.output = got.base, f.output_stride = got.stride, f.bias = d.bias.data();
   Workspace forward(table.fprop_workspace(f, parallel.threads));
   table.fprop(f, posterior, parallel, forward.data());
-  bool same = true;
+  Values all, expected;
   for (int64_t n = 0; n < s.output_rows(); ++n)
     for (int64_t p = 0; p < s.P; ++p)
       for (int64_t q = 0; q < s.Q; ++q)
         for (int64_t k = 0; k < s.K; ++k) {
-          const double bias = d.bias[static_cast<size_t>(n / s.rows_per_sample() * s.K + k)];
-          same = same && want.at(n, p, q, k) + bias == got.at(n, p, q, k);
+          all.push_back(got.at(n, p, q, k));
+          expected.push_back(want.at(n, p, q, k) +
+                             d.bias[static_cast<size_t>(n / s.rows_per_sample() * s.K + k)]);
         }
-  CHECK(same && "fprop");
+  CHECK(near(all, expected, tolerance) && "fprop");
   const DgradParams g = {s, Dtype::kFloat64, Dtype::kFloat64, signs, d.grad.data(), got_dx.base, got_dx.stride};
   Workspace backward(table.dgrad_workspace(g, parallel.threads));
   table.dgrad(g, posterior, parallel, backward.data());
-  same = true;
+  all.clear(), expected.clear();
   for (int64_t n = 0; n < s.N; ++n)
     for (int64_t h = 0; h < s.H; ++h)
       for (int64_t w = 0; w < s.W; ++w)
-        for (int64_t c = 0; c < s.C; ++c) same = same && want_dx.at(n, h, w, c) == got_dx.at(n, h, w, c);
-  CHECK(same && "dgrad");
+        for (int64_t c = 0; c < s.C; ++c) {
+          all.push_back(got_dx.at(n, h, w, c));
+          expected.push_back(want_dx.at(n, h, w, c));
+        }
+  CHECK(near(all, expected, tolerance) && "dgrad");
   const WgradParams wg = {s, Dtype::kFloat64, x.base, x.stride, !with_signs, signs, d.grad.data()};
   Values got_loc(d.loc.size(), 7.0), got_rho(d.loc.size(), 7.0);
   PosteriorGrads<double> grads = {};
