@@ -1,6 +1,6 @@
 """fastbconv: Bayesian convolutions for PyTorch at the cost of deterministic ones."""
 
-from . import activations, functional, noise, regularizers
+from . import activations, constraints, functional, initializers, noise, regularizers
 from ._native import FastbconvBuildError, build_info
 from ._version import __version__
 from .grouped import grouped
@@ -66,6 +66,7 @@ __all__ = [
     "build",
     "build_info",
     "collect_kl",
+    "constraints",
     "default_loc_scale_fn",
     "default_mean_field_normal_fn",
     "default_multivariate_normal_fn",
@@ -73,6 +74,7 @@ __all__ = [
     "fixed_sample",
     "functional",
     "grouped",
+    "initializers",
     "kl_loss",
     "losses",
     "mean_weights",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Regularizer = Callable[[Tensor], Tensor]
+RegularizerLike = str | Mapping[str, Any] | Regularizer | None
 
 
 class L1L2:

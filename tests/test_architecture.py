@@ -31,6 +31,9 @@ ALLOWED = {
     "_arguments": "",
     "activations": "",
     "contexts": "kl",
+    "_named": "",  # objects with a Keras name and a configuration
+    "constraints": "_named",
+    "initializers": "_named",
     "regularizers": "",
     "kl": "_arguments activations",
     "_transforms": "estimators",  # the torch.func path of each operator
@@ -46,8 +49,8 @@ ALLOWED = {
     "_composite": "_library activations estimators kl noise reference",
     "_call": "_arguments _composite activations kl noise ops reference selection",
     "functional": "_arguments _call activations estimators functional kl noise reference",
-    "layers": "_arguments _call _library activations contexts estimators functional kl layers noise"
-    " regularizers",
+    "layers": "_arguments _call _library activations constraints contexts estimators functional"
+    " initializers kl layers noise regularizers",
     "grouped": "_arguments _call contexts layers models noise",
     "models": "_arguments contexts functional kl layers noise",
     "keras_weights": "keras_weights models",  # h5py and tensorflow inside functions only

@@ -13,8 +13,8 @@ from tfp_cases import FOLDER
 from torch import nn
 
 from fastbconv import regularizers
+from fastbconv.initializers import RandomNormal
 from fastbconv.layers import tfp
-from fastbconv.layers.tfp_initializers import RandomNormal
 
 CONFIGS = json.loads((FOLDER / "get_config.json").read_text())
 BEHAVIOUR = json.loads((FOLDER / "property_behaviour.json").read_text())
@@ -101,6 +101,15 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "kernel_posterior_fn": {
         "kernel_posterior_fn": tfp.default_mean_field_normal_fn(
             loc_initializer=RandomNormal(0.5, 0.1), loc_regularizer=regularizers.l2(0.5)
+        )
+    },
+    "kernel_posterior_fn with names": {
+        "kernel_posterior_fn": tfp.default_mean_field_normal_fn(
+            loc_initializer="he_normal",
+            untransformed_scale_initializer={"class_name": "Constant", "config": {"value": -4}},
+            loc_regularizer="l2",
+            loc_constraint="max_norm",
+            untransformed_scale_constraint="NonNeg",
         )
     },
     "kernel_posterior_tensor_fn": {"kernel_posterior_tensor_fn": tfp.posterior_mean},

@@ -20,8 +20,9 @@ from torch.distributions import (
 
 import fastbconv as fb
 from fastbconv import noise, regularizers
+from fastbconv.initializers import RandomNormal
 from fastbconv.layers import tfp
-from fastbconv.layers.tfp_distributions import RandomNormal, SeededNormal, reparameterized
+from fastbconv.layers.tfp_distributions import SeededNormal, reparameterized
 
 
 def _add(**options: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 Shape = Sequence[int | None]
+_CALLED_PROPERTY = tuple(f"'{kind}' object is not callable" for kind in ("Tensor", "Parameter"))
 
 
 class ArgumentTypeError(TypeError, AttributeError):
@@ -299,3 +300,16 @@ def sample_tensor(name: str, value: Any, shape: Sequence[int]) -> Any:
             f"{name}: expected a tensor of shape {tuple(shape)}, got {tuple(value.shape)}"
         )
     return value
+
+
+def call_function(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a user's function; the usual mistake of a move from TFP is explained."""
+    try:
+        return function(*args)
+    except TypeError as error:
+        if str(error) not in _CALLED_PROPERTY:
+            raise
+        raise TypeError(
+            f"{name}: in PyTorch mean, stddev, variance and mode of a distribution are properties, "
+            "so that d.mean() calls a tensor; write d.mean, or pass fastbconv.posterior_mean"
+        ) from error

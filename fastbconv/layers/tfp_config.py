@@ -14,12 +14,11 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from fastbconv import activations, regularizers
+from fastbconv import activations, constraints, initializers, regularizers
 
 from . import tfp_arguments as arguments
 from . import tfp_distributions as distributions
 from .tfp_distributions import LocScaleFn, MeanFieldNormalFn
-from .tfp_initializers import RandomNormal
 
 FUNCTION_NAMES: Final = tuple(
     f"{part}_{kind}"
@@ -150,29 +149,27 @@ def _serialize_fields(argument: str, function: LocScaleFn, by_reference: bool) -
         for field in ("initializer", "regularizer", "constraint"):
             name = f"{suffix}_{field}"
             value = getattr(function, name)
-            if value is None or isinstance(value, (RandomNormal, regularizers.L1L2)):
-                config[name] = _serialize_object(value)
-            else:
+            config[name] = _serialize_object(value)
+            if config[name] is None and value is not None:
                 named, kind = serialize_function(f"{argument}, {name}", value, by_reference)
                 config[name] = {"function": named, "function_type": kind}
     return config
 
 
-def _serialize_object(value: Any) -> Any:
-    if isinstance(value, RandomNormal):
-        return {"class_name": "RandomNormal", "config": value.get_config()}
-    return None if value is None else regularizers.serialize(value)
+def _serialize_object(value: Any) -> dict[str, Any] | None:
+    """The configuration of a built-in initialiser, regulariser or constraint, else None."""
+    for kinds in (initializers, constraints):
+        if type(value) in kinds.CLASSES:
+            return kinds.serialize(value)
+    return regularizers.serialize(value) if isinstance(value, regularizers.L1L2) else None
 
 
 def _deserialize_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The functions among the arguments of a factory; it takes configurations as they are."""
     fields: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict) and "function" in value:
             value = deserialize_function(name, value["function"], value["function_type"])
-        elif isinstance(value, dict) and value.get("class_name") == "RandomNormal":
-            value = RandomNormal(**value["config"])
-        elif isinstance(value, dict):
-            value = regularizers.get(value, name)
         fields[name] = value
     return fields
 

@@ -22,13 +22,15 @@ from torch.distributions.kl import kl_divergence as torch_kl_divergence
 from torch.distributions.kl import register_kl
 
 from fastbconv import kl
+from fastbconv.constraints import ConstraintLike
+from fastbconv.initializers import InitializerLike, RandomNormal
+from fastbconv.regularizers import RegularizerLike
 
-from .tfp_initializers import Initializer, RandomNormal
+from .tfp_variables import resolve_options
 
 VariableFn = Callable[..., Tensor]
 # softplus(rho) for rho above this is rho to the last bit, in float64 too.
 _SOFTPLUS_THRESHOLD = 40.0
-_CALLED_PROPERTY = tuple(f"'{kind}' object is not callable" for kind in ("Tensor", "Parameter"))
 
 
 # --- distributions --------------------------------------------------------------------------------
@@ -213,22 +215,28 @@ class LocScaleFn:
     def __init__(
         self,
         is_singular: bool = False,
-        loc_initializer: Initializer | None = None,
-        untransformed_scale_initializer: Initializer | None = None,
-        loc_regularizer: Callable[[Tensor], Tensor] | None = None,
-        untransformed_scale_regularizer: Callable[[Tensor], Tensor] | None = None,
-        loc_constraint: Callable[[Tensor], Tensor] | None = None,
-        untransformed_scale_constraint: Callable[[Tensor], Tensor] | None = None,
+        loc_initializer: InitializerLike = None,
+        untransformed_scale_initializer: InitializerLike = None,
+        loc_regularizer: RegularizerLike = None,
+        untransformed_scale_regularizer: RegularizerLike = None,
+        loc_constraint: ConstraintLike = None,
+        untransformed_scale_constraint: ConstraintLike = None,
     ) -> None:
         self.is_singular = bool(is_singular)
-        self.loc_initializer = loc_initializer or RandomNormal(0.0, 0.1)
-        self.untransformed_scale_initializer = untransformed_scale_initializer or RandomNormal(
-            -3.0, 0.1
+        self.loc_initializer, self.loc_regularizer, self.loc_constraint = resolve_options(
+            "loc_{}", loc_initializer, loc_regularizer, loc_constraint, RandomNormal(0.0, 0.1)
         )
-        self.loc_regularizer = loc_regularizer
-        self.untransformed_scale_regularizer = untransformed_scale_regularizer
-        self.loc_constraint = loc_constraint
-        self.untransformed_scale_constraint = untransformed_scale_constraint
+        (
+            self.untransformed_scale_initializer,
+            self.untransformed_scale_regularizer,
+            self.untransformed_scale_constraint,
+        ) = resolve_options(
+            "untransformed_scale_{}",
+            untransformed_scale_initializer,
+            untransformed_scale_regularizer,
+            untransformed_scale_constraint,
+            RandomNormal(-3.0, 0.1),
+        )
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -294,12 +302,12 @@ class MeanFieldNormalFn(LocScaleFn):
 
 def default_mean_field_normal_fn(
     is_singular: bool = False,
-    loc_initializer: Initializer | None = None,
-    untransformed_scale_initializer: Initializer | None = None,
-    loc_regularizer: Callable[[Tensor], Tensor] | None = None,
-    untransformed_scale_regularizer: Callable[[Tensor], Tensor] | None = None,
-    loc_constraint: Callable[[Tensor], Tensor] | None = None,
-    untransformed_scale_constraint: Callable[[Tensor], Tensor] | None = None,
+    loc_initializer: InitializerLike = None,
+    untransformed_scale_initializer: InitializerLike = None,
+    loc_regularizer: RegularizerLike = None,
+    untransformed_scale_regularizer: RegularizerLike = None,
+    loc_constraint: ConstraintLike = None,
+    untransformed_scale_constraint: ConstraintLike = None,
 ) -> MeanFieldNormalFn:
     """A function that creates a trainable mean-field normal, or a point mass.
 
@@ -307,19 +315,26 @@ def default_mean_field_normal_fn(
 
     Args:
         is_singular: a point mass at loc, without a scale.
-        loc_initializer: ``f(shape, dtype) -> tensor``; default N(0, 0.1^2).
+        loc_initializer: ``f(shape, dtype) -> tensor``, or a name or configuration of Keras, as
+            ``fastbconv.initializers.get`` takes it; default N(0, 0.1^2).
         untransformed_scale_initializer: likewise; default N(-3, 0.1^2), a scale of about 0.0488.
-        loc_regularizer: a penalty on loc, a term of the layer's ``losses``.
+        loc_regularizer: a penalty on loc, a term of the layer's ``losses``; a callable, or what
+            ``fastbconv.regularizers.get`` takes.
         untransformed_scale_regularizer: likewise.
-        loc_constraint: a projection, applied by ``apply_constraints`` after an optimiser step.
+        loc_constraint: a projection, applied by ``apply_constraints`` after an optimiser step; a
+            callable, or what ``fastbconv.constraints.get`` takes.
         untransformed_scale_constraint: likewise.
 
     Returns:
         ``fn(dtype, shape, name, trainable, add_variable_fn)`` that returns an Independent normal.
 
+    Raises:
+        ValueError: an unknown name of an initialiser or constraint, or a bad configuration.
+        TypeError: an unknown name of a regulariser, or another type.
+
     Example:
         >>> from fastbconv import DenseReparameterization
-        >>> random_bias = default_mean_field_normal_fn()
+        >>> random_bias = default_mean_field_normal_fn(loc_initializer="zeros")
         >>> layer = DenseReparameterization(10, bias_posterior_fn=random_bias)
     """
     return MeanFieldNormalFn(
@@ -335,12 +350,12 @@ def default_mean_field_normal_fn(
 
 def default_loc_scale_fn(
     is_singular: bool = False,
-    loc_initializer: Initializer | None = None,
-    untransformed_scale_initializer: Initializer | None = None,
-    loc_regularizer: Callable[[Tensor], Tensor] | None = None,
-    untransformed_scale_regularizer: Callable[[Tensor], Tensor] | None = None,
-    loc_constraint: Callable[[Tensor], Tensor] | None = None,
-    untransformed_scale_constraint: Callable[[Tensor], Tensor] | None = None,
+    loc_initializer: InitializerLike = None,
+    untransformed_scale_initializer: InitializerLike = None,
+    loc_regularizer: RegularizerLike = None,
+    untransformed_scale_regularizer: RegularizerLike = None,
+    loc_constraint: ConstraintLike = None,
+    untransformed_scale_constraint: ConstraintLike = None,
 ) -> LocScaleFn:
     """As ``default_mean_field_normal_fn``, for a function that returns the pair (loc, scale).
 
@@ -374,16 +389,3 @@ def default_multivariate_normal_fn(
     del name, trainable, add_variable_fn
     zeros = torch.zeros(tuple(shape), dtype=dtype)
     return Independent(Normal(zeros, torch.ones_like(zeros), validate_args=False), len(shape))
-
-
-def call_function(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a user's function; the usual mistake of a move from TFP is explained."""
-    try:
-        return function(*args)
-    except TypeError as error:
-        if str(error) not in _CALLED_PROPERTY:
-            raise
-        raise TypeError(
-            f"{name}: in PyTorch mean, stddev, variance and mode of a distribution are properties, "
-            "so that d.mean() calls a tensor; write d.mean, or pass fastbconv.posterior_mean"
-        ) from error

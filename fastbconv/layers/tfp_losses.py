@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastbconv import functional, kl
 
+from . import tfp_arguments as arguments
 from . import tfp_distributions as distributions
 from .tfp_distributions import MeanFieldNormalFn
 from .tfp_sampling import PARTS, Call, Part
@@ -91,7 +92,7 @@ class LossBook(nn.Module):
         prior = self._distribution(f"{part}_prior")
         if prior is None:
             return None
-        value = distributions.call_function(
+        value = arguments.call_function(
             f"{part}_divergence_fn", function, posterior, prior, self._sample_of_last_call(part)
         )
         if value is None:

@@ -163,7 +163,7 @@ class Sampler(nn.Module):
         """What the tensor function of a part makes of a distribution."""
         name = _TENSOR_FN[part]
         with seeded_generator(call.seed if call.given else None):
-            value = distributions.call_function(name, getattr(self, name), distribution)
+            value = arguments.call_function(name, getattr(self, name), distribution)
         return arguments.sample_tensor(name, value, shape)
 
     # --- the last call ----------------------------------------------------------------------------

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from .tfp_initializers import Initializer, glorot_uniform
+from fastbconv import constraints, initializers, regularizers
+from fastbconv.constraints import Constraint, ConstraintLike
+from fastbconv.initializers import GlorotUniform, Initializer, InitializerLike
+from fastbconv.regularizers import Regularizer, RegularizerLike
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,32 @@ class VariableRecord:
 
     name: str
     trainable: bool
-    regularizer: Callable[[Tensor], Tensor] | None
-    constraint: Callable[[Tensor], Tensor] | None
+    regularizer: Regularizer | None
+    constraint: Constraint | None
+
+
+def resolve_options(
+    pattern: str,
+    initializer: InitializerLike,
+    regularizer: RegularizerLike,
+    constraint: ConstraintLike,
+    default: Initializer,
+) -> tuple[Initializer, Regularizer | None, Constraint | None]:
+    """Initialiser, regulariser and constraint from what Keras takes for them.
+
+    Args:
+        pattern: name of an argument in messages, with {} for its kind.
+        initializer: a callable, a name, a configuration, or None.
+        regularizer: likewise.
+        constraint: likewise.
+        default: the initialiser where it is None.
+    """
+    made = initializers.get(initializer, pattern.format("initializer"))
+    return (
+        default if made is None else made,
+        regularizers.get(regularizer, pattern.format("regularizer")),
+        constraints.get(constraint, pattern.format("constraint")),
+    )
 
 
 def to_operator(value: Tensor) -> Tensor:
@@ -83,9 +110,9 @@ class VariableStore(nn.Module):
         self,
         name: str,
         shape: Sequence[int] = (),
-        initializer: Initializer | None = None,
-        regularizer: Callable[[Tensor], Tensor] | None = None,
-        constraint: Callable[[Tensor], Tensor] | None = None,
+        initializer: InitializerLike = None,
+        regularizer: RegularizerLike = None,
+        constraint: ConstraintLike = None,
         dtype: torch.dtype | None = None,
         trainable: bool = True,
     ) -> Tensor:
@@ -94,9 +121,12 @@ class VariableStore(nn.Module):
         Args:
             name: its name among the layer's parameters.
             shape: its shape.
-            initializer: ``f(shape, dtype) -> tensor``; default Glorot's uniform distribution.
-            regularizer: a penalty, re-evaluated at each access of ``losses``.
-            constraint: a projection for ``apply_constraints``.
+            initializer: ``f(shape, dtype) -> tensor``, or what ``fastbconv.initializers.get``
+                takes; default Glorot's uniform distribution.
+            regularizer: a penalty, re-evaluated at each access of ``losses``, or what
+                ``fastbconv.regularizers.get`` takes.
+            constraint: a projection for ``apply_constraints``, or what
+                ``fastbconv.constraints.get`` takes.
             dtype: default that of the layer.
             trainable: False: it takes no gradient.
 
@@ -104,11 +134,16 @@ class VariableStore(nn.Module):
             The nn.Parameter.
 
         Raises:
-            ValueError: the name is taken, or the initialiser gives another shape.
+            TypeError: initialiser, regulariser or constraint of no accepted type.
+            ValueError: the name is taken, one of the three has an unknown name, or the initialiser
+                gives another shape.
         """
         self._check_variable_name(name)
+        initializer, regularizer, constraint = resolve_options(
+            f"{{}} of {name}", initializer, regularizer, constraint, GlorotUniform()
+        )
         shape, dtype = tuple(shape), self._dtype if dtype is None else dtype
-        value = torch.as_tensor((initializer or glorot_uniform)(shape, dtype), dtype=dtype)
+        value = torch.as_tensor(initializer(shape, dtype), dtype=dtype)
         if value.dim() and tuple(value.shape) != shape:
             raise ValueError(
                 f"initializer of {name}: expected a tensor of shape {shape}, got "
