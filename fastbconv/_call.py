@@ -96,8 +96,10 @@ def _operator(
     if input.ndim == 4 and not estimator:
         return own.bconv2d, {"keep_weight": selection.CHOICE.keep_weight}
     options = {"estimator": estimator, "row_offset": row_offset}
-    composed = input.ndim != 4 or input.device.type == "cuda" or selection.CHOICE.name == "library"
-    return (_composite.bind(own) if composed or own is reference else own.bconv2d_affine), options
+    composed = input.ndim != 4 or own is reference or selection.CHOICE.name == "library"
+    if composed or not ops.has_kernel("bconv2d_affine", input.device.type):
+        return _composite.bind(own), options
+    return own.bconv2d_affine, options
 
 
 def _parameters(

@@ -50,6 +50,16 @@ def cuda() -> bool:
     return _state["cuda"]
 
 
+@torch.compiler.assume_constant_result
+def has_kernel(name: str, device: str) -> bool:
+    """Whether an operator computes on a kind of device; meta tensors are computed everywhere."""
+    key = f"{name} {device}"
+    if key not in _state:
+        found = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastbconv::{name}", device.upper())
+        _state[key] = available() and (device == "meta" or found)
+    return _state[key]
+
+
 def _op(name: str) -> Any:
     if not available():
         raise RuntimeError(

@@ -26,6 +26,7 @@ NO_FLOAT64 = "tensor cores do not multiply float64"
 SUITES: dict[str, list[tuple[str, str]]] = {
     "test_ops.py": [
         NO_WINOGRAD,
+        ("bconv2d_affine", "CUDA composes it: test_layers_estimators.py"),
         ("test_algorithms_that_cannot", "says what the CPU has"),
         ("test_library_stays_away", "tells of PyTorch's 16-bit convolution on the CPU"),
         ("test_deterministic_algorithms_exclude", "asks which kernel the CPU takes"),
@@ -41,6 +42,7 @@ SUITES: dict[str, list[tuple[str, str]]] = {
         ("integers_without_scale and bfloat16", "the sum is rounded before the bias is added"),
     ],
     "test_layers.py": [],
+    "test_layers_estimators.py": [],
     "test_kl.py": [],
     "test_errors.py": [],
     "test_linear.py": [],

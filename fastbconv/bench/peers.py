@@ -49,6 +49,8 @@ def _of_library(
     parameters: tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter],
     call: Callable[[Tensor], tuple[Tensor, Tensor]],
     raw: Callable[[Tensor], Tensor] = lambda rho: rho,
+    # Their KL differs by design (mean, one sample, another prior), and with it d loc and d rho.
+    right: tuple[str, ...] = ("output", "input"),
 ) -> Program:
     """The program of a layer with parameters (loc, rho, bias loc, bias rho)."""
     values = (problem.loc, raw(problem.rho), problem.bias, torch.tensor(_NO_NOISE))
@@ -62,8 +64,6 @@ def _of_library(
         output, kl = call(input)
         return F.relu(output), kl
 
-    # Their KL differs by design (mean, one sample, another prior), and with it d loc and d rho.
-    right = ("output", "input")
     return program(problem, layer, leaves, "nhwc", partial(randn_eps, problem), right=right)
 
 
@@ -75,6 +75,17 @@ def _bayesian_torch(problem: Problem) -> Program:
     layer = Conv2dReparameterization(shape.C, shape.K, shape.k, padding=shape.padding)
     parameters = (layer.mu_kernel, layer.rho_kernel, layer.mu_bias, layer.rho_bias)
     return _of_library(problem, parameters, layer)
+
+
+@_peer("bayesian-torch-flipout", "bayesian_torch.layers", "Conv2dFlipout and its KL")
+def _bayesian_torch_flipout(problem: Problem) -> Program:
+    from bayesian_torch.layers import Conv2dFlipout
+
+    shape = problem.shape
+    layer = Conv2dFlipout(shape.C, shape.K, shape.k, padding=shape.padding)
+    parameters = (layer.mu_kernel, layer.rho_kernel, layer.mu_bias, layer.rho_bias)
+    # A sign for each pixel: another function than Flipout's, so that nothing can be compared.
+    return _of_library(problem, parameters, layer, right=())
 
 
 @_peer("torch-uncertainty", "torch_uncertainty.layers.bayesian", "BayesConv2d and its ELBO terms")
