@@ -22,6 +22,9 @@ SIDES: Final = {
     3: "((front, back), (top, bottom), (left, right))",
 }
 
+# With it the numbers of elements, row * elements of a row, are 64-bit integers.
+MAX_ROW_OFFSET: Final = 2**32
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -42,6 +45,14 @@ def integer(name: str, value: object, minimum: int) -> int:
     if value < minimum:
         kind = "a positive" if minimum == 1 else "a non-negative"
         raise ValueError(f"{name}: expected {kind} integer, got {value}")
+    return value
+
+
+def row_offset(value: object) -> int:
+    """The number of a call's first row."""
+    value = integer("row_offset", value, 0)
+    if value > MAX_ROW_OFFSET:
+        raise ValueError(f"row_offset: expected at most {MAX_ROW_OFFSET} (2^32), got {value}")
     return value
 
 
@@ -208,10 +219,15 @@ def dtypes(input: Tensor, name: str, parameter: Tensor) -> None:
         )
 
 
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of the first shape expands to the second."""
+    trailing = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(have in (1, want) for have, want in trailing)
+
+
 def prior_shape(name: str, value: Tensor, parameter: Tensor) -> None:
     """Raises unless a prior tensor broadcasts to the parameter."""
-    trailing = zip(reversed(value.shape), reversed(parameter.shape), strict=False)
-    if value.ndim > parameter.ndim or any(have not in (1, want) for have, want in trailing):
+    if not broadcasts(value.shape, parameter.shape):
         raise ValueError(
             f"{name}: expected a shape that broadcasts to {tuple(parameter.shape)}, got "
             f"{tuple(value.shape)}"

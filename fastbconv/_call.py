@@ -31,7 +31,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Checked arguments -> output and KL, by an operator, the reference or the composite."""
     _arguments.integer("num_samples", num_samples, 1)
-    row_offset = _arguments.integer("row_offset", row_offset, 0)
+    row_offset = _arguments.row_offset(row_offset)
     element_offset = _arguments.element_offsets(element_offset)
     if not share_input:
         _arguments.rows(input, num_samples)
@@ -96,10 +96,13 @@ def _operator(
     if input.ndim == 4 and not estimator:
         return own.bconv2d, {"keep_weight": selection.CHOICE.keep_weight}
     options = {"estimator": estimator, "row_offset": row_offset}
-    composed = input.ndim != 4 or own is reference or selection.CHOICE.name == "library"
-    if composed or not ops.has_kernel("bconv2d_affine", input.device.type):
+    if own is reference:
         return _composite.bind(own), options
-    return own.bconv2d_affine, options
+    has_kernel = input.ndim == 4 and ops.has_kernel("bconv2d_affine", input.device.type)
+    if has_kernel and selection.CHOICE.name != "library":
+        return own.bconv2d_affine, options
+    selection.check_composed(input)
+    return _composite.bind(own), options
 
 
 def _parameters(

@@ -63,27 +63,33 @@ class _Call:
         x = self.input.to(cast)
         weights, kl_weight = self._weights(cast)
         biases, kl_bias = self._biases()
-        rows = self._split(x.to(self.arithmetic))
-        outputs, deviations = [], []
-        for s, part in enumerate(rows):
-            z, deviation = self._pre_activation(part, weights, s)
+        x = x.to(self.arithmetic)
+        mean, deviation = self._moments(x, weights)
+        parts = zip(*(self._split(value) for value in (x, mean, deviation)), strict=True)
+        outputs = []
+        for s, part in enumerate(parts):
+            z = self._pre_activation(*part, weights, s)
             if biases is not None:
                 z = z + biases[s].reshape(-1, *[1] * (z.ndim - 2))
             outputs.append(z)
-            deviations += [] if deviation is None else [deviation]
         z = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         layout = suggested_memory_format(self.input)
         output = activations.apply(o["activation"], z, o["activation_param"])
         output = in_memory_format(output.to(cast), layout)
-        saved = deviation = x.new_empty((0,))
+        saved = x.new_empty((0,))
         if o["save_pre_activation"]:
             saved = in_memory_format(z.to(cast), layout)
-        if deviations:
-            deviation = in_memory_format(torch.cat(deviations), layout)
+        if deviation is None:
+            deviation = x.new_empty((0,))
+        else:
+            deviation = in_memory_format(deviation, layout)
         total = kl_weight + kl_bias if o["weight_kl"] or o["bias_kl"] else self.loc.new_empty((0,))
         return output, total, saved, deviation
 
-    def _split(self, x: Tensor) -> Sequence[Tensor]:
+    def _split(self, x: Tensor | None) -> Sequence[Tensor | None]:
+        """The rows of each draw."""
+        if x is None:
+            return [None] * self.num_samples
         if self.options["share_input"] or self.num_samples == 1 or not x.shape[0]:
             return [x] * self.num_samples
         return x.split(x.shape[0] // self.num_samples)
@@ -136,32 +142,41 @@ class _Call:
         drawn, total = self._sample(self.bias, self.bias_rho, "bias", with_kl=with_kl)
         return drawn, total if with_kl else none
 
-    # --- one draw ---------------------------------------------------------------------------------
+    # --- products ---------------------------------------------------------------------------------
 
     def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
         o = self.options
         geometry = (o["stride"], o["padding"], o["dilation"], o["groups"])
         return convolve(x, weight, None, *geometry)
 
-    def _pre_activation(self, x: Tensor, weights: Any, s: int) -> tuple[Tensor, Tensor | None]:
-        """z of the rows of one draw, without bias, in the parameters' dtype; local's deviation."""
-        wide = self.loc.dtype
+    def _moments(self, x: Tensor, weights: Any) -> tuple[Tensor | None, Tensor | None]:
+        """What no draw changes: Flipout's product with loc; mean and deviation of local's z."""
         if self.estimator == 0:
-            return self._apply(x, weights[s].to(x.dtype)).to(wide), None
-        sample = self.options["offset_add"] + s
-        loc = weights[0].to(x.dtype)
+            return None, None
+        mean = self._apply(x, weights[0].to(x.dtype))
         if self.estimator == estimators.FLIPOUT:
-            signs = (
-                self._signs(x, channels, name, sample)
-                for name, channels in (("sign_input", x.shape[1]), ("sign_output", loc.shape[0]))
-            )
-            delta = weights[1][s].to(x.dtype)
-            return estimators.flipout(self._apply, x, loc, delta, *signs).to(wide), None
+            return mean, None
         # The variance is summed in the parameters' dtype whatever that of the input.
-        scale, square = weights[1], x.to(wide).square()
-        deviation = estimators.guarded_sqrt(self._apply(square, scale.square()))
-        mean = self._apply(x, loc).to(wide)
-        return mean + deviation * self._eps(mean, sample), deviation
+        scale, wide = weights[1], self.loc.dtype
+        variance = self._apply(x.to(wide).square(), scale.square())
+        return mean.to(wide), estimators.guarded_sqrt(variance)
+
+    def _pre_activation(
+        self, x: Tensor, mean: Tensor | None, deviation: Tensor | None, weights: Any, s: int
+    ) -> Tensor:
+        """z of the rows of one draw, without bias, in the parameters' dtype."""
+        if self.estimator == 0:
+            return self._apply(x, weights[s].to(x.dtype)).to(self.loc.dtype)
+        sample = self.options["offset_add"] + s
+        if self.estimator == estimators.LOCAL:
+            return mean + deviation * self._eps(mean, sample)
+        signs = (
+            self._signs(x, channels, name, sample)
+            for name, channels in (("sign_input", x.shape[1]), ("sign_output", mean.shape[1]))
+        )
+        delta = weights[1][s].to(x.dtype)
+        z = mean + estimators.perturbation(self._apply, x, delta, *signs)
+        return z.to(self.loc.dtype)
 
     def _noise(self) -> ModuleType:
         """Where signs and noise come from: inside a transform of torch.func from plain PyTorch."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from .estimators import LOCAL
+
 FAKES: Final[dict[str, Callable[..., Any]]] = {}
 
 
@@ -154,7 +156,7 @@ def _fake_bconv2d_affine(
         input, weight_loc, *parameters, keep_weight=False, **options
     )
     deviation = weight_loc.new_empty((0,))
-    if estimator == 2:
+    if estimator == LOCAL:
         dense = weight_loc.new_empty((input.shape[0], *output.shape[2:], output.shape[1]))
         deviation = dense.permute(0, 3, 1, 2)
     return output, kl, saved, deviation

@@ -10,7 +10,8 @@ r is one sign for each row and input channel, t for each row and output channel:
 space, so that every row sees one convolution, with the weight loc + t r^T * delta, which has the
 same distribution as w and is nearly uncorrelated between rows. The mean is never flipped. Y. Wen,
 P. Vicol, J. Ba, D. Tran, R. Grosse, "Flipout: efficient pseudo-independent weight perturbations on
-mini-batches", ICLR 2018 (arXiv:1803.04386).
+mini-batches", ICLR 2018 (arXiv:1803.04386). In bfloat16 and float16 what is rounded is either the
+weight of a row or loc and delta, by what is formed.
 
 The entries of a local z have the right mean and variance and are independent, while those of a
 convolution are not: neighbouring pixels share weights. It is another objective, not an ELBO of
@@ -56,7 +57,18 @@ def flipout(
     sign_output: Tensor,
 ) -> Tensor:
     """apply(x, loc) + sign_output * apply(x * sign_input, delta); the signs broadcast."""
-    return apply(x, loc) + sign_output * apply(x * sign_input, delta)
+    return apply(x, loc) + perturbation(apply, x, delta, sign_input, sign_output)
+
+
+def perturbation(
+    apply: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    delta: Tensor,
+    sign_input: Tensor,
+    sign_output: Tensor,
+) -> Tensor:
+    """Flipout's second term, which differs from draw to draw."""
+    return sign_output * apply(x * sign_input, delta)
 
 
 def local_moments(
@@ -69,7 +81,7 @@ def local_moments(
 def guarded_sqrt(variance: Tensor) -> Tensor:
     """sqrt(variance) with derivative 0 where the variance is 0, as for a row of zeros: the root's
     own is infinite there, and times the zero that follows it NaN. A sum that rounding has left
-    below zero counts as 0."""
-    positive = variance > 0
-    root = torch.where(positive, variance, torch.ones_like(variance)).sqrt()
-    return torch.where(positive, root, torch.zeros_like(root))
+    below zero counts as 0; a NaN shows."""
+    zero = variance <= 0
+    root = torch.where(zero, torch.ones_like(variance), variance).sqrt()
+    return torch.where(zero, torch.zeros_like(root), root)

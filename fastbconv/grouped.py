@@ -45,7 +45,8 @@ def grouped(
 ) -> Iterator[None]:
     """Draws the weights of all Bayesian layers together, in groups, and their gradients likewise.
 
-    The results are those of the layers called one by one with ``seed=noise.derive(seed, l)``. What
+    The results are those of ``fixed_sample``: of the layers called one by one with
+    ``seed=noise.derive(seed, l)`` and one draw of the weights for all rows. What
     changes is the number of launches: on a GPU two for each group, forward and backward together,
     instead of two for each layer. A CPU has nothing to gain from it.
 
@@ -53,7 +54,8 @@ def grouped(
     unless a seed is given here or by ``fixed_sample``. Nests with ``collect_kl`` (the KL then comes
     from the same launch), ``fixed_sample`` and ``mean_weights``, in any order. A layer draws for
     itself where the group cannot serve it: several draws in one call
-    (``num_samples``), a prior without a closed form, distributions of one's own, bfloat16 or
+    (``num_samples``), Flipout and local reparameterisation (without a seed, a weight or noise for
+    every row as ever), a prior without a closed form, distributions of one's own, bfloat16 or
     float16 parameters, another compute dtype than the group's. A call with ``seed=`` or
     ``generator=`` is left alone.
 

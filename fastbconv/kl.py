@@ -73,14 +73,27 @@ class DistributionPrior:
     is made of stay live."""
 
     factory: Callable[[], Any]
+    shape: tuple[int, ...] | None = None  # that values are given in another view of
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``value``, whose shape broadcasts with the distribution's."""
+        """Log density of ``value``, to whose shape the distribution's broadcasts.
+
+        Raises:
+            TypeError: the function returns no distribution.
+            ValueError: its shape does not broadcast: summing its terms would be another KL.
+        """
         distribution = self.factory()
         if not isinstance(distribution, torch.distributions.Distribution):
             raise TypeError(
                 "prior: expected the function to return a torch.distributions.Distribution, got "
                 f"{type(distribution).__name__}"
+            )
+        value = value if self.shape is None else value.reshape(self.shape)
+        given = tuple(distribution.batch_shape + distribution.event_shape)
+        if not _arguments.broadcasts(given, value.shape):
+            raise ValueError(
+                "prior: expected the function to return a distribution whose shape broadcasts to "
+                f"{tuple(value.shape)}, got {given}"
             )
         return distribution.log_prob(value)
 
@@ -125,11 +138,14 @@ def resolve_prior(prior: PriorLike, name: str = "prior") -> Prior | None:
 def map_prior(
     prior: Prior | None, parameter: Tensor, reshape: Callable[[Tensor], Tensor]
 ) -> Prior | None:
-    """A prior whose tensors, which broadcast to a parameter, are reshaped as that parameter is.
+    """A prior of a parameter, for that parameter reshaped: tensors that broadcast to it are
+    reshaped alike, a distribution of its shape gets values in that shape.
 
     Raises:
         ValueError: a tensor that does not broadcast to ``parameter``.
     """
+    if isinstance(prior, DistributionPrior):
+        return DistributionPrior(prior.factory, tuple(parameter.shape))
     if not isinstance(prior, NormalPrior):
         return prior
     parts = []

@@ -227,7 +227,9 @@ def random_signs(
 
     Flipout's signs of an input with N rows and C channels are
     ``random_signs(seed, (N, C), stream="sign_input")``, those of its K output channels
-    ``random_signs(seed, (N, K), stream="sign_output")``.
+    ``random_signs(seed, (N, K), stream="sign_output")``. With several draws N are the rows of one,
+    and ``sample`` is the draw. The noise of local reparameterisation is
+    ``standard_normal(seed, (N, P, Q, K), sample=draw, stream="local")``.
 
     Args:
         seed: as in ``standard_normal``, like all that follows.

@@ -333,8 +333,8 @@ def standard_normal(
 
     .. code-block:: text
 
-        standard_normal(Tensor seed, SymInt numel, *, int stream, int sample, int element_offset)
-            -> Tensor
+        standard_normal(Tensor seed, SymInt numel, *, int stream, int sample,
+            SymInt element_offset) -> Tensor
     """
     op = _op("standard_normal")
     return op(seed, numel, stream=stream, sample=sample, element_offset=element_offset)
@@ -347,8 +347,8 @@ def random_signs(
 
     .. code-block:: text
 
-        random_signs(Tensor seed, SymInt numel, *, int stream, int sample, int element_offset)
-            -> Tensor
+        random_signs(Tensor seed, SymInt numel, *, int stream, int sample,
+            SymInt element_offset) -> Tensor
     """
     op = _op("random_signs")
     return op(seed, numel, stream=stream, sample=sample, element_offset=element_offset)

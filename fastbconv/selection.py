@@ -7,7 +7,7 @@ of a thread or of Python.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Literal
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import _arguments, _native, ops
+from . import _arguments, _native, estimators, ops
 from ._arguments import IntPair, PaddingLike
+from .estimators import Estimator
 
 Algorithm = Literal["auto", "direct", "winograd2", "winograd4", "library", "reference"]
 
@@ -46,8 +47,9 @@ class algorithm:
 
     Args:
         name: "auto" picks by shape, dtype, layout and instruction set; "direct", "winograd2" and
-            "winograd4" are the fused kernels, "library" is the fused sampling pass followed by
-            PyTorch's convolution, "reference" the definition in plain PyTorch.
+            "winograd4" are the fused kernels (none of "winograd4" yet), "library" is the fused
+            sampling pass followed by PyTorch's convolution, "reference" the definition in plain
+            PyTorch.
         keep_weight: save the sampled weight for backward, in the compute dtype, instead of
             regenerating it.
 
@@ -58,6 +60,11 @@ class algorithm:
     A call that the kernels cannot serve raises NotImplementedError and says why: on a CPU "library"
     does so under torch.use_deterministic_algorithms(True), since the bits of its weight gradient
     depend on the number of threads. On CUDA it is then a deterministic algorithm of cuDNN.
+
+    Three-dimensional convolutions, and Flipout and local reparameterisation on CUDA, are composed
+    of our draws and PyTorch's convolution: "auto" and "library" are the same there, the fused
+    kernels raise. ``keep_weight`` concerns the estimator "reparameterization" in one and two
+    dimensions.
 
     Example:
         >>> with algorithm("reference"):
@@ -103,6 +110,26 @@ def use_native(tensor: Tensor) -> bool:
     if kind == "cuda" and ops.available() and not ops.cuda():
         raise _no_cuda("input", f"a CPU tensor, got one on {tensor.device}")
     return kind in ("cpu", "cuda", "meta") and ops.available()
+
+
+def check_composed(input: Tensor) -> None:
+    """Raises where the choice does not go with a call composed of PyTorch's convolution.
+
+    Raises:
+        NotImplementedError: fused kernels are asked for, or "library" on a CPU under
+            torch.use_deterministic_algorithms(True).
+    """
+    if CHOICE.name in ("direct", "winograd2", "winograd4"):
+        raise NotImplementedError(
+            "algorithm: expected 'auto', 'library' or 'reference' for a three-dimensional "
+            f"convolution and for Flipout and local reparameterisation on CUDA, got {CHOICE.name!r}"
+        )
+    on_cpu = input.device.type == "cpu"
+    if CHOICE.name == "library" and on_cpu and torch.are_deterministic_algorithms_enabled():
+        raise NotImplementedError(
+            "algorithm: expected 'auto' or 'reference', got 'library': deterministic algorithms "
+            "were asked for, and its bits depend on the number of threads"
+        )
 
 
 def _no_cuda(name: str, expected: str) -> NotImplementedError:
@@ -158,6 +185,7 @@ def explain(
     groups: int = 1,
     num_samples: int = 1,
     share_input: bool = False,
+    estimator: Estimator = "reparameterization",
     device: torch.device | str | None = None,
 ) -> list[Candidate]:
     """The kernels that could serve a convolution, best first in each direction, with reasons.
@@ -175,9 +203,12 @@ def explain(
         groups: see there.
         num_samples: see there.
         share_input: see there.
+        estimator: see there. Local reparameterisation sums its variance by "direct" whatever
+            computes its mean.
         device: a CPU or CUDA device; None: that of ``input``, where meta stands for the CPU.
 
-    ``explain(layer, input)`` takes weight, stride, padding, dilation and groups from the layer.
+    ``explain(layer, input)`` takes weight, stride, padding, dilation, groups and estimator from a
+    two-dimensional layer; ``input`` is what the layer would be called with.
 
     Returns:
         One entry per direction and algorithm; the reference alone without a native library. The
@@ -194,8 +225,11 @@ def explain(
         True
     """
     if isinstance(input, torch.nn.Module):
-        given = (stride, padding, dilation, groups)
-        input, weight, stride, padding, dilation, groups = _of_layer(input, weight, given)
+        given = (stride, padding, dilation, groups, estimator)
+        input, weight, stride, padding, dilation, groups, estimator = _of_layer(
+            input, weight, given
+        )
+    affine = estimators.check(estimator) != 0
     input, _ = _arguments.batched_image(input, num_samples)
     _arguments.conv_tensors(input, weight, None, None, None, groups)
     _arguments.dtypes(input, "weight", weight)
@@ -224,12 +258,38 @@ def explain(
         groups=groups,
         num_samples=num_samples,
         share_input=share_input,
-        dtype=str(input.dtype).removeprefix("torch."),
+        # Both products of an affine call are float32 for 16-bit inputs.
+        dtype=str(_affine_dtype(input) if affine else input.dtype).removeprefix("torch."),
         channels_last=suggest_memory_format(input) == torch.channels_last,
         **on,
     )
     names = ("direction", "algorithm", "available", "chosen", "reason")
-    return Candidates(Candidate(*(row[name] for name in names)) for row in rows)
+    found = Candidates(Candidate(*(row[name] for name in names)) for row in rows)
+    return _of_estimator(found, composed=bool(on)) if affine else found
+
+
+def _affine_dtype(input: Tensor) -> torch.dtype:
+    return torch.promote_types(input.dtype, torch.float32)
+
+
+def _of_estimator(rows: Candidates, *, composed: bool) -> Candidates:
+    """What serves Flipout and local reparameterisation, from what serves the plain convolution."""
+    on_request = (
+        "composed of PyTorch's convolutions, on request: what is drawn is kept for backward"
+    )
+    only = "Flipout and local reparameterisation are composed of PyTorch's convolutions here"
+    winograd = {row.direction for row in rows if row.chosen and row.algorithm == "winograd2"}
+    found = Candidates()
+    for row in rows:
+        library = row.algorithm == "library"
+        if composed:
+            row = replace(row, available=library, chosen=library, reason=None if library else only)
+        elif library:
+            row = replace(row, chosen=False, reason=on_request if row.available else row.reason)
+        elif row.algorithm == "direct":
+            row = replace(row, chosen=row.direction not in winograd)
+        found.append(row)
+    return found
 
 
 def _is_cuda(device: torch.device | str) -> bool:
@@ -244,22 +304,17 @@ def _is_cuda(device: torch.device | str) -> bool:
 
 
 def _of_layer(layer: torch.nn.Module, input: Tensor, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """(input, weight, stride, padding, dilation, groups) of a layer of torch's kind."""
-    if not isinstance(layer, torch.nn.modules.conv._ConvNd):
+    """(input, weight, stride, padding, dilation, groups, estimator) of a layer and its input."""
+    if given != (1, 0, 1, 1, "reparameterization"):
+        raise ValueError(
+            "stride, padding, dilation, groups, estimator: expected none beside a layer, which has "
+            f"its own; got {given}"
+        )
+    own = getattr(layer, "_convolution_of", None)
+    if own is None:
         raise TypeError(
-            "input: expected a tensor, or BayesConv2d and its input, got "
+            "input: expected a tensor, or a two-dimensional convolution layer and its input, got "
             f"{_arguments.type_name(layer)}; pass explain(input, weight) with the weight as "
             "(K, C / groups, R, S) and the input as (N, C, H, W)"
         )
-    if given != (1, 0, 1, 1):
-        raise ValueError(
-            "stride, padding, dilation, groups: expected none beside a layer, which has its own; "
-            f"got {given}"
-        )
-    padding, input = layer.padding, _arguments.tensor("weight", input)
-    if layer.padding_mode != "zeros":  # padded before the convolution
-        form = _arguments.padding_form(padding)
-        extent, filter = tuple(input.shape[-2:]), layer.kernel_size
-        sides = _arguments.resolve_padding(form, extent, filter, layer.stride, layer.dilation)
-        padding, input = 0, torch.nn.functional.pad(input, (*sides[2:], *sides[:2]))
-    return input, layer.weight, layer.stride, padding, layer.dilation, layer.groups
+    return own(_arguments.tensor("weight", input))

@@ -12,6 +12,7 @@ import torch
 from op_samples import DIRECT, RELU, SILU, WINOGRAD2, tensors
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastbconv import _composite, estimators, noise, ops, reference
 from fastbconv.testing import FORWARD_FACTOR, GRADIENT_FACTOR, assert_ratio, assert_same
@@ -303,6 +304,34 @@ def test_small_deviations_do_not_leak_into_their_neighbours() -> None:
             assert_ratio(got[key], own[key], value, GRADIENT_FACTOR, key)
 
 
+@pytest.mark.parametrize("function", [ops.bconv2d_affine, replayed], ids=["native", "composed"])
+@pytest.mark.parametrize("method", [DIRECT, WINOGRAD2])
+def test_a_nan_of_the_scale_shows(function: Any, method: int) -> None:
+    """The guard of the root is for zeros: it must not turn NaN into an output without noise."""
+    arguments, keywords = problem("image", method, "local")
+    with torch.no_grad():
+        arguments[2][1, 2, 1, 1] = float("nan")
+    got = step(function, arguments, {**keywords, "activation": 0}, torch.float32)
+    output = got["output"]
+    assert output[:, 1].isnan().any()
+    assert not output[:, 0].isnan().any()
+    assert got["grad 0"].isnan().any()  # of the input
+    assert got["grad 2"][1].isnan().any()  # of rho
+
+
+@each_kind
+def test_composed_is_as_the_operator_with_shared_rows(kind: str) -> None:
+    """All results have the operator's shapes, and what no draw changes is multiplied once."""
+    arguments, keywords = problem("shared", DIRECT, kind)
+    with FlopCounterMode(display=False) as counter:
+        composed = replayed(*arguments, **keywords)
+    native = ops.bconv2d_affine(*arguments, **keywords)
+    assert [t.shape for t in composed] == [t.shape for t in native]
+    (x, weight), draws = arguments[:2], keywords["num_samples"]
+    one = 2 * x.shape[0] * weight.numel() * composed[0].shape[2] * composed[0].shape[3]
+    assert counter.get_total_flops() == one * (1 + draws if kind == "flipout" else 2)
+
+
 @each_kind
 def test_nothing_random_is_kept_for_backward(kind: str) -> None:
     arguments, keywords = problem("dense", 0, kind)
@@ -330,8 +359,9 @@ def test_refusals(kind: str) -> None:
     keywords["algorithm"] = 0
     with pytest.raises(ValueError, match="estimator: expected 1"):
         ops.bconv2d_affine(*arguments, **{**keywords, "estimator": 3})
-    with pytest.raises(ValueError, match="row_offset: expected a value of at least 0, got -1"):
-        ops.bconv2d_affine(*arguments, **{**keywords, "row_offset": -1})
+    for row_offset in (-1, 2**32 + 1):
+        with pytest.raises(ValueError, match=f"row_offset: expected .* got {row_offset}"):
+            ops.bconv2d_affine(*arguments, **{**keywords, "row_offset": row_offset})
     output, kl, *_ = ops.bconv2d_affine(*arguments, **keywords)
     (first,) = torch.autograd.grad(output.sum() + kl, arguments[1], create_graph=True)
     with pytest.raises(NotImplementedError, match="expected a first derivative"):

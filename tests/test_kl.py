@@ -225,3 +225,48 @@ def test_prior_scale_tensors_are_not_read_while_tracing() -> None:
     assert slope.shape == scale.shape
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert total(torch.ones(3)).shape == ()
+
+
+def _shaped(shape: tuple[int, ...], *, independent: bool = False):
+    """A prior given as a function, of a parameter's own shape and with other values everywhere."""
+    loc = torch.linspace(-1.0, 1.0, math.prod(shape)).reshape(shape)
+    normal = distributions.Normal(loc, 0.5)
+    return lambda: distributions.Independent(normal, len(shape)) if independent else normal
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_a_prior_of_the_shape_of_the_parameter(independent: bool) -> None:
+    """Linear maps and one-dimensional convolutions reshape their weight; its prior goes with it."""
+    draw = {"seed": 3, "return_kl": True}
+    calls = (
+        (fb.functional.bayes_linear, torch.ones(2, 3), (4, 3)),
+        (fb.functional.bayes_conv1d, torch.ones(2, 3, 5), (3, 3, 3)),
+        (fb.functional.bayes_conv2d, torch.ones(2, 3, 5, 5), (3, 3, 3, 3)),
+        (fb.functional.bayes_conv3d, torch.ones(2, 3, 5, 5, 5), (3, 3, 3, 3, 3)),
+    )
+    for function, x, shape in calls:
+        loc, rho = torch.randn(shape), torch.randn(shape)
+        prior = _shaped(shape, independent=independent)
+        _, total = function(x, loc, rho, prior=prior, **draw)
+        (sample,) = fb.functional.sample_posterior(loc, rho, seed=3)
+        scale = kl.posterior_scale(rho, 2.0**-23)
+        log_q = distributions.Normal(loc, scale).log_prob(sample).sum()
+        torch.testing.assert_close(total, log_q - prior().log_prob(sample).sum())
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_the_kl_collected_is_that_of_kl_loss(independent: bool) -> None:
+    prior = _shaped((4, 3), independent=independent)
+    layer = fb.BayesLinear(3, 4, prior=prior)
+    with fb.collect_kl(layer) as collected, fb.fixed_sample(layer, seed=5):
+        layer(torch.ones(2, 3))
+        torch.testing.assert_close(collected.sum(), layer.kl_loss())
+
+
+def test_a_prior_of_another_shape_is_refused() -> None:
+    loc = torch.zeros(4, 3, 3, 3)
+    for shape in ((2, 4, 3, 3, 3), (4, 1, 1, 2)):
+        with pytest.raises(ValueError, match=r"prior: .* broadcasts to \(4, 3, 3, 3\), got"):
+            fb.functional.bayes_conv2d(
+                torch.zeros(1, 3, 5, 5), loc, loc, prior=_shaped(shape), return_kl=True
+            )

@@ -84,6 +84,67 @@ def test_explain_takes_a_layer() -> None:
         fb.explain(X, layer)
 
 
+@pytest.mark.parametrize("estimator", ["flipout", "local"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [3, 64])
+def test_explain_knows_the_estimators(estimator: str, dtype: torch.dtype, channels: int) -> None:
+    """What is named as chosen gives the bits of 'auto'."""
+    layer = fb.BayesConv2d(channels, 64, 3, padding=1, estimator=estimator)
+    x = torch.randn(4, channels, 20, 20).to(dtype)
+    rows = fb.explain(layer, x)
+    chosen = {row.direction: row.algorithm for row in rows if row.chosen}
+    assert set(chosen) == {"fprop", "dgrad", "wgrad"}
+    assert set(chosen.values()) <= {"direct", "winograd2"}
+    output = layer(x, seed=1)
+    with fb.algorithm(chosen["fprop"]):
+        assert torch.equal(layer(x, seed=1), output)
+    if dtype == torch.float32:  # in 16 bits all may round alike
+        with fb.algorithm("library"):
+            assert not torch.equal(layer(x, seed=1), output)
+    assert fb.explain(x, layer.weight, padding=1, estimator=estimator) == rows
+    if ops.has_kernel("bconv2d", "cuda"):
+        on_gpu = fb.explain(x, layer.weight, padding=1, estimator=estimator, device="cuda")
+        assert {row.algorithm for row in on_gpu if row.available} == {"library"}
+    with pytest.raises(ValueError, match="estimator: expected one of"):
+        fb.explain(x, layer.weight, estimator="mean")
+
+
+def test_explain_takes_layers_of_the_other_face() -> None:
+    x = torch.randn(2, 9, 9, 16)
+    for layer in (
+        fb.Convolution2DReparameterization(8, 3, strides=2, padding="same"),
+        fb.Convolution2DFlipout(8, 3, strides=2, padding="same"),
+        fb.Convolution2DLocalReparameterization(8, 3, 2, "same", data_format="channels_first"),
+    ):
+        estimator, first = layer._estimator, layer.data_format == "channels_first"
+        image = x.movedim(-1, 1)
+        given = image.contiguous() if first else x
+        want = fb.explain(
+            given if first else image, W, stride=2, padding="same", estimator=estimator
+        )
+        assert fb.explain(layer, given) == want
+    with pytest.raises(TypeError, match="expected a two-dimensional layer, got Convolution3DFlip"):
+        fb.explain(fb.Convolution3DFlipout(8, 3), torch.randn(1, 4, 4, 4, 2))
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_composed_call_obeys_the_choice(rank: int) -> None:
+    x, w = torch.randn(2, 3, *[5] * rank), torch.randn(4, 3, *[3] * rank)
+    conv = fb.functional.bayes_conv2d if rank == 2 else fb.functional.bayes_conv3d
+    estimator = "flipout" if rank == 2 else "reparameterization"
+    with fb.algorithm("library"):
+        conv(x, w, w, estimator=estimator)
+        torch.use_deterministic_algorithms(True)
+        try:
+            with pytest.raises(NotImplementedError, match="deterministic algorithms were asked"):
+                conv(x, w, w, estimator=estimator)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    for name in ("direct", "winograd2") if rank == 3 else ():
+        with fb.algorithm(name), pytest.raises(NotImplementedError, match=f"got '{name}'"):
+            conv(x, w, w)
+
+
 def test_explain_prints_as_a_table() -> None:
     lines = repr(fb.explain(X, W)).splitlines()
     assert len(lines) == len(fb.explain(X, W))

@@ -2,6 +2,8 @@
 // convolution, on the CPU.
 #pragma once
 
+#include <ATen/ops/empty.h>
+
 #include "../core/estimator.h"
 #include "conv_call.h"
 
@@ -13,6 +15,15 @@ struct AffineOutputs {
   at::Tensor deviation;       // local: (images, K, P, Q) in NHWC memory; else undefined
   double kl;
 };
+
+// (rows, channels, height, width) in NHWC memory and the parameters' dtype.
+inline at::Tensor empty_nhwc(const ConvCall& call, int64_t rows, int64_t height, int64_t width,
+                             int64_t channels) {
+  const at::Tensor dense =
+      advised(at::empty({rows, height, width, channels},
+                        call.weight.loc->options().memory_format(at::MemoryFormat::Contiguous)));
+  return dense.permute({0, 3, 1, 2});
+}
 
 template <typename T>
 void forward_flipout(const ConvCall& call, AffineOutputs* out);

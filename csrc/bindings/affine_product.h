@@ -3,8 +3,6 @@
 // provider_local.cpp.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include "affine_call.h"
 #include "posterior_pass.h"
 
@@ -24,15 +22,6 @@ struct Image {
 
 inline Image image_of(const at::Tensor& tensor) {
   return {tensor.const_data_ptr(), dtype_of(tensor.scalar_type()), image_strides(tensor)};
-}
-
-// (rows, channels, height, width) in NHWC memory and the parameters' dtype.
-inline at::Tensor empty_nhwc(const ConvCall& call, int64_t rows, int64_t height, int64_t width,
-                             int64_t channels) {
-  const at::Tensor dense =
-      advised(at::empty({rows, height, width, channels},
-                        call.weight.loc->options().memory_format(at::MemoryFormat::Contiguous)));
-  return dense.permute({0, 3, 1, 2});
 }
 
 // One of the two products of a call: what is multiplied, by which method.

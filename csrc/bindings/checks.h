@@ -1,5 +1,5 @@
 // Argument checks of the operators: what memory safety needs, before any pointer is taken. Checks
-// that only help the user live in fastbconv/functional.py.
+// that only help the user live in fastbconv/functional/.
 //
 // Messages read "name: expected X, got Y". A wrong value or shape is a ValueError, a wrong dtype a
 // TypeError, something valid that no kernel does a NotImplementedError.

@@ -15,8 +15,8 @@ ConvCall make_affine_call(const ConvTensors& tensors, ConvOptions options, int64
   expect_defined("weight_rho", *tensors.weight_rho);
   TORCH_CHECK_VALUE(estimator > 0 && estimator < kNumEstimators,
                     "estimator: expected 1 (flipout) or 2 (local), got ", estimator);
-  TORCH_CHECK_VALUE(row_offset >= 0, "row_offset: expected a value of at least 0, got ",
-                    row_offset);
+  TORCH_CHECK_VALUE(row_offset >= 0 && row_offset <= kMaxRowOffset,
+                    "row_offset: expected a value from 0 to ", kMaxRowOffset, ", got ", row_offset);
   options.estimator = estimator;
   options.row_offset = row_offset;
   return make_conv_call(tensors, options);
@@ -38,14 +38,6 @@ void forward(const ConvCall& call, AffineOutputs* out) {
     out->kl += kl_divergence(host_posterior_params<T>(call.bias));
 }
 
-// In NHWC memory: (images, K, P, Q).
-at::Tensor empty_deviation(const ConvCall& call) {
-  const ConvShape& s = call.shape;
-  return at::empty({s.N, s.P, s.Q, s.K},
-                   call.weight.loc->options().memory_format(at::MemoryFormat::Contiguous))
-      .permute({0, 3, 1, 2});
-}
-
 Tensors4 forward_affine_cpu(const ConvCall& call, bool save_pre_activation) {
   AffineOutputs out = {};
   if (save_pre_activation) out.pre_activation = empty_output(call);
@@ -56,7 +48,9 @@ Tensors4 forward_affine_cpu(const ConvCall& call, bool save_pre_activation) {
   }
   if (!save_pre_activation) out.pre_activation = at::empty({0}, call.input->options());
   if (!out.deviation.defined()) {
-    out.deviation = is_local(call) ? empty_deviation(call) : empty_gradient(*call.weight.loc);
+    const ConvShape& s = call.shape;
+    out.deviation = is_local(call) ? empty_nhwc(call, s.N, s.P, s.Q, s.K)
+                                   : empty_gradient(*call.weight.loc);
   }
   const at::Tensor kl =
       call.wants_kl() ? scalar_like(*call.weight.loc, out.kl) : empty_gradient(*call.weight.loc);
@@ -190,6 +184,7 @@ Tensors9 bconv2d_affine_backward_cpu(
   double by_kl = 0.0;
   if (const at::Tensor* kl = call.wants_kl() ? get_if_defined(grad_kl) : nullptr) {
     expect_shape("grad_kl", {}, kl->sizes());
+    expect_device("grad_kl", call.input->device(), *kl);
     by_kl = kl->item().toDouble();
   }
   return call.parameter_dtype() == at::kDouble ? backward<double>(call, back, sums, by_kl, mask)

@@ -93,11 +93,11 @@ void define_divergence(torch::Library& m) {
 
 void define_noise(torch::Library& m) {
   m.def(
-      "standard_normal(Tensor seed, SymInt numel, *, int stream, int sample, int element_offset) "
+      "standard_normal(Tensor seed, SymInt numel, *, int stream, int sample, SymInt element_offset) "
       "-> Tensor");
 
   m.def(
-      "random_signs(Tensor seed, SymInt numel, *, int stream, int sample, int element_offset) "
+      "random_signs(Tensor seed, SymInt numel, *, int stream, int sample, SymInt element_offset) "
       "-> Tensor");
 
   m.def("derive_seeds(Tensor seed, int first, int count) -> Tensor");

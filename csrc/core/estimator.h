@@ -14,4 +14,8 @@ namespace fbc {
 enum class Estimator : int32_t { kReparameterization = 0, kFlipout = 1, kLocal = 2 };
 constexpr int32_t kNumEstimators = 3;
 
+// Of the number of a call's first row: with it those of elements, row * elements of a row, are 64-bit
+// integers.
+constexpr int64_t kMaxRowOffset = int64_t{1} << 32;
+
 }  // namespace fbc

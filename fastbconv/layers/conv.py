@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +167,14 @@ class BayesConv2d(BayesLayer, _ConvNd):
             dilation=self.dilation,
             groups=self.groups,
         )
+
+    def _convolution_of(self, input: Tensor) -> tuple[Any, ...]:
+        """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = self._pad(input), 0
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return input, self.weight, *geometry, self.estimator
 
     def _pad(self, input: Tensor) -> Tensor:
         """Padding with values of the image instead of zeros."""

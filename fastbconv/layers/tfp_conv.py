@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastbconv import functional
@@ -151,6 +152,20 @@ class VariationalConv(VariationalLayer):
             dilation=self.dilation_rate,
             **options,
         )
+
+    def _convolution_of(self, inputs: Tensor) -> tuple[Any, ...]:
+        """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
+        if self.rank != 2:
+            raise TypeError(
+                f"input: expected a two-dimensional layer, got {type(self).__name__}; in three "
+                "dimensions PyTorch's convolution computes every call, in one the kernels run on "
+                "images of one row"
+            )
+        image = self._to_operators(self._checked_input(inputs))
+        shape = (self.filters, image.shape[1], *self.kernel_size)
+        weight = image.new_empty(shape, dtype=torch.promote_types(self._dtype, torch.float32))
+        geometry = (self.strides, self.padding, self.dilation_rate, 1)
+        return image, weight, *geometry, self._estimator
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Output shape for an input shape, with None for unknown sizes; works before ``build``.
