@@ -128,9 +128,10 @@ def resolve_prior(prior: PriorLike, name: str = "prior") -> Prior | None:
         raise ValueError(f"{name}: expected a pair (loc, scale), got {len(prior)} values")
     loc = _check_number(prior[0], f"{name} loc")
     scale = _check_number(prior[1], f"{name} scale")
-    if isinstance(loc, float) and not math.isfinite(loc):
+    # Comparisons, since torch.compile(dynamic=True) traces numbers and knows no isfinite of them.
+    if isinstance(loc, float) and not -math.inf < loc < math.inf:
         raise ValueError(f"{name} loc: expected a finite number, got {loc}")
-    if isinstance(scale, float) and not (scale > 0.0 and math.isfinite(scale)):
+    if isinstance(scale, float) and not 0.0 < scale < math.inf:
         raise ValueError(f"{name} scale: expected a positive finite number, got {scale}")
     return NormalPrior(loc, scale)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastbconv as fb
 from fastbconv import estimators
@@ -123,3 +124,32 @@ def test_repr_names_another_estimator() -> None:
 def test_unknown_estimators(estimator: Any) -> None:
     with pytest.raises(ValueError, match="estimator: expected one of 'reparameterization', 'flip"):
         fb.BayesConv2d(2, 2, 1, estimator=estimator)
+
+
+@pytest.mark.parametrize("estimator", ["reparameterization", *AFFINE])
+def test_functions_compile_with_dynamic_shapes(estimator: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(
+        fb.functional.bayes_conv2d, dynamic=True, fullgraph=True, backend="aot_eager"
+    )
+    w = torch.randn(4, 3, 3, 3)
+    for extent in (6, 9):
+        x = torch.randn(2, 3, extent, extent)
+        got = compiled(x, w, w, seed=1, return_kl=True, estimator=estimator)
+        want = fb.functional.bayes_conv2d(x, w, w, seed=1, return_kl=True, estimator=estimator)
+        for have, expected in zip(got, want, strict=True):
+            assert_close(have, expected, 1e-6, 1e-6)
+
+
+def test_row_offsets_do_not_recompile() -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    w, seed = torch.randn(4, 3, 2, 2, 2), torch.tensor([1, 0])
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def conv(x: torch.Tensor) -> torch.Tensor:
+        return fb.functional.bayes_conv3d(x, w, w, seed=seed, estimator="local", row_offset=3)
+
+    for extent in (5, 6, 7, 8):
+        conv(torch.randn(2, 3, extent, extent, extent))
+    assert counter.frame_count <= 2
