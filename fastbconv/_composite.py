@@ -118,21 +118,31 @@ class _Call:
     def _weights(self, cast: torch.dtype) -> tuple[Any, Tensor]:
         """What the estimator multiplies the input with, and the KL of the weight."""
         with_kl = self.options["weight_kl"] and self.rho is not None
-        narrow = None if cast == self.loc.dtype or cast == torch.float64 else cast
+        # The sampler rounds where the products are narrow too.
+        wide = cast in (self.loc.dtype, torch.float64)
+        narrow = None if wide or self.arithmetic != cast else cast
         if self.estimator == 0:
             drawn, total = self._sample(self.loc, self.rho, "weight", with_kl=with_kl, dtype=narrow)
-            return drawn, total if with_kl else self.loc.new_zeros(())
+            return self._rounded(drawn, cast), total if with_kl else self.loc.new_zeros(())
         total = self.loc.new_zeros(())
         if with_kl:
             numbers, floor = self.weight_numbers, self.options["scale_floor"]
             total = self.own.kl_normal(
                 self.loc, self.rho, *self.weight_prior, prior=numbers, scale_floor=floor
             )
-        loc, _ = self._sample(self.loc, None, "weight", num_samples=1, dtype=narrow)
+        loc = self._rounded(self.loc, cast)
         if self.estimator == estimators.LOCAL:
-            return (loc[0], kl.posterior_scale(self.rho, self.options["scale_floor"])), total
+            return (loc, kl.posterior_scale(self.rho, self.options["scale_floor"])), total
         delta, _ = self._sample(torch.zeros_like(self.loc), self.rho, "weight", dtype=narrow)
-        return (loc[0], delta), total
+        return (loc, self._rounded(delta, cast)), total
+
+    def _rounded(self, weight: Tensor, cast: torch.dtype) -> Tensor:
+        """A weight in the compute dtype; its gradient is as wide as the products are."""
+        if cast in (weight.dtype, torch.float64):
+            return weight
+        if self.arithmetic == cast:  # loc: what is drawn is narrow already
+            return weight.to(cast)
+        return weight + (weight.detach().to(cast).to(weight.dtype) - weight.detach())
 
     def _biases(self) -> tuple[Tensor | None, Tensor]:
         none = self.loc.new_zeros(())

@@ -127,6 +127,20 @@ def test_unknown_estimators(estimator: Any) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["reparameterization", *AFFINE])
+@pytest.mark.parametrize("algorithm", ["auto", "library", "reference"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_float16_gradients_are_summed_wide(estimator: str, algorithm: str, rank: int) -> None:
+    """A sum beyond 65504 is a number: weights are rounded, their gradients are not."""
+    x = (torch.randn(2, 8, *[6] * rank) * 300).half()
+    w = torch.zeros(4, 8, *[3] * rank, requires_grad=True)
+    conv = fb.functional.bayes_conv2d if rank == 2 else fb.functional.bayes_conv3d
+    with fb.algorithm(algorithm):
+        y = conv(x, w, torch.full_like(w, -3.0), estimator=estimator, seed=1)
+    y.float().square().sum().backward()
+    assert 65504 < float(w.grad.abs().max()) < 1e9
+
+
+@pytest.mark.parametrize("estimator", ["reparameterization", *AFFINE])
 def test_functions_compile_with_dynamic_shapes(estimator: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(
