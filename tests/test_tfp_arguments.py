@@ -285,6 +285,20 @@ def test_public_names() -> None:
         assert hasattr(fastbconv, name), name
 
 
+@pytest.mark.parametrize("name", ["constraints", "initializers", "noise", "regularizers"])
+def test_modules_list_their_public_names(name: str) -> None:
+    """help() and its like show what a module defines, and nothing that it imports."""
+    module = getattr(fastbconv, name)
+    listed = {
+        key
+        for key, value in vars(module).items()
+        if getattr(value, "__module__", None) == module.__name__ and not key.startswith("_")
+    }
+    assert listed <= set(module.__all__)
+    assert all(hasattr(module, key) for key in module.__all__)
+    assert not {"torch", "Tensor", "Any", "annotations"} & set(module.__all__)
+
+
 @pytest.mark.parametrize(
     "module",
     [
