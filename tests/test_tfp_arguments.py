@@ -235,6 +235,20 @@ def test_inputs_are_cast_and_arrays_accepted() -> None:
     assert layer(torch.ones(3, 4), training=True).shape == (3, 2)
 
 
+@pytest.mark.parametrize("name", tfp_layers.NAMES)
+def test_unknown_keywords_of_a_call(name: str) -> None:
+    layer, x = tfp_layers.built(name)
+    for key, instead in (
+        ("num_samples", "; call the layer once for each draw"),
+        ("mask", "; the layer does not support masking"),
+        ("sed", "$"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"^{key}: expected one of the keywords seed, training{instead}"
+        ):
+            layer(x, **{key: None})
+
+
 def test_keyword_options() -> None:
     layer = tfp.DenseReparameterization(2, name="head", dynamic=True, input_dim=3, batch_size=5)
     assert (layer.name, layer.dynamic) == ("head", True)
