@@ -96,8 +96,8 @@ class DenseLocalReparameterization(LocalReparameterization, VariationalDense):
         as in ``DenseReparameterization``.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, at construction; TypeError in the call
-            where the kernel's posterior is not normal.
+        ValueError, TypeError: an argument that does not fit, at construction; in the call TypeError
+            where the kernel's posterior is not normal, ValueError where it has another shape.
 
     Example:
         >>> import torch
