@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 # Keys of a dictionary of Keras 2 and 3; those after the second one say nothing here.
-KEYS = ("class_name", "config", "module", "registered_name", "build_config", "shared_object_id")
+_KEYS = ("class_name", "config", "module", "registered_name", "build_config", "shared_object_id")
 # Functions of torch.nn.init, without the underscore, and what to use instead.
 _IN_PLACE = {
     "constant": "Constant(value)",
@@ -78,8 +78,8 @@ def resolve(
                 f"got {identifier!r}"
             )
         found = _class_of(kind, name, classes, aliases)
-        check_keys(name, identifier, KEYS)
-        return from_config(name, found, config)
+        _check_keys(name, identifier, _KEYS)
+        return _from_config(name, found, config)
     if isinstance(identifier, type) and callable(identifier):
         return identifier()
     if callable(identifier):
@@ -88,24 +88,6 @@ def resolve(
         f"{name}: expected None, a name, a configuration or a callable {form}, got "
         f"{type(identifier).__name__}"
     )
-
-
-def check_keys(name: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises TypeError for the first key of a dictionary that is not known."""
-    for key in given:
-        if key not in known:
-            keys = ", ".join(map(repr, known)) or "none"
-            raise TypeError(f"{name}: expected the keys {keys} alone, got {key!r}")
-
-
-def from_config(name: str, make: Callable[..., Any], config: Mapping[str, Any]) -> Any:
-    """What a class or function makes of a configuration; its messages begin with the argument."""
-    name = f"{name}, {make.__name__}"
-    check_keys(name, config, inspect.signature(make).parameters)
-    try:
-        return make(**config)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise type(error)(f"{name}: {error}") from error
 
 
 def refuse_in_place(name: str, function: Any) -> None:
@@ -137,6 +119,24 @@ def number(name: str, value: object, least: float = -math.inf) -> float:
         bound = "" if least == -math.inf else f" of at least {least:g}"
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
     return float(value)
+
+
+def _check_keys(name: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises TypeError for the first key of a dictionary that is not known."""
+    for key in given:
+        if key not in known:
+            keys = ", ".join(map(repr, known)) or "none"
+            raise TypeError(f"{name}: expected the keys {keys} alone, got {key!r}")
+
+
+def _from_config(name: str, make: Callable[..., Any], config: Mapping[str, Any]) -> Any:
+    """What a class or function makes of a configuration; its messages begin with the argument."""
+    name = f"{name}, {make.__name__}"
+    _check_keys(name, config, inspect.signature(make).parameters)
+    try:
+        return make(**config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _class_of(

@@ -15,7 +15,8 @@ import fastbconv as fb
 from fastbconv.layers import tfp
 
 BAD_RESULTS = pytest.mark.parametrize(
-    ("result", "kind"), [(None, "NoneType"), (torch.zeros(2), "Tensor"), (3, "int")]
+    ("result", "kind"),
+    [(None, "NoneType"), (torch.zeros(2), "Tensor"), (3, "int"), ((0.0, 1.0), "tuple")],
 )
 
 
@@ -45,6 +46,10 @@ def test_a_function_that_returns_no_distribution(
 
 
 def test_a_distribution_of_ones_own_need_not_be_one_of_torch() -> None:
+    class Flat:
+        def log_prob(self, value: Tensor) -> Tensor:
+            return torch.zeros_like(value)
+
     class Ones:
         def __init__(self, shape: Any) -> None:
             self.shape = shape
@@ -55,10 +60,12 @@ def test_a_distribution_of_ones_own_need_not_be_one_of_torch() -> None:
     layer, x = built(
         "DenseReparameterization",
         kernel_posterior_fn=lambda _, shape, *__: Ones(shape),
-        kernel_prior_fn=None,
+        kernel_prior_fn=lambda *_: Flat(),
+        kernel_divergence_fn=lambda q, p, w: -p.log_prob(w).sum(),
         bias_posterior_fn=None,
     )
     torch.testing.assert_close(layer(x), x.sum(-1, keepdim=True).expand(3, 4))
+    assert layer.losses[0] == 0
 
 
 @pytest.mark.parametrize("name", AFFINE)

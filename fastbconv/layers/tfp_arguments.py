@@ -309,8 +309,9 @@ def distribution(name: str, value: Any, *, optional: bool) -> Any:
     """What a posterior or prior function returned; None only where it has a meaning."""
     if value is None and optional:
         return None
-    # Not only PyTorch's own classes: a user's need not derive from them.
-    if isinstance(value, torch.Tensor) or not hasattr(value, "sample"):
+    # Not only PyTorch's own classes: a prior that has log_prob alone serves a user's divergence.
+    known = any(hasattr(value, name) for name in ("sample", "log_prob"))
+    if isinstance(value, torch.Tensor) or not known:
         none = " or None" if optional else ""
         raise TypeError(
             f"{name}: expected a function that returns a torch.distributions.Distribution{none}, "

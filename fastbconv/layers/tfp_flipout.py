@@ -44,9 +44,9 @@ class Flipout(AffineEstimator):
             return super()._fresh_seed(device)
         if torch.compiler.is_compiling() or in_checkpoint():
             raise NotImplementedError(
-                "seed: expected None under torch.compile and activation checkpointing, which do "
-                f"not know a generator of the layer's own, got {self.seed} for layer "
-                f"{self.name!r}; pass the seed of each call, layer(x, seed=...)"
+                "seed: expected None under torch.compile, torch.export and activation "
+                f"checkpointing, which do not know a generator of the layer's own, got {self.seed} "
+                f"for layer {self.name!r}; pass the seed of each call, layer(x, seed=...)"
             )
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device).manual_seed(self.seed)
