@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
+
+# Keys of a dictionary of Keras 2 and 3; those after the second one say nothing here.
+_KEYS = ("class_name", "config", "module", "registered_name", "build_config", "shared_object_id")
+# Functions of torch.nn.init, without the underscore, and what to use instead.
+_IN_PLACE = {
+    "constant": "Constant(value)",
+    "eye": "Identity()",
+    "kaiming_normal": "HeNormal()",
+    "kaiming_uniform": "HeUniform()",
+    "normal": "RandomNormal(mean, stddev)",
+    "ones": "Ones()",
+    "orthogonal": "Orthogonal(gain)",
+    "trunc_normal": "TruncatedNormal(mean, stddev)",
+    "uniform": "RandomUniform(minval, maxval)",
+    "xavier_normal": "GlorotNormal()",
+    "xavier_uniform": "GlorotUniform()",
+    "zeros": "Zeros()",
+}
 
 
 class Named:
@@ -59,10 +78,8 @@ def resolve(
                 f"got {identifier!r}"
             )
         found = _class_of(kind, name, classes, aliases)
-        try:
-            return found(**config)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise type(error)(f"{name}, {found.__name__}: {error}") from error
+        _check_keys(name, identifier, _KEYS)
+        return _from_config(name, found, config)
     if isinstance(identifier, type) and callable(identifier):
         return identifier()
     if callable(identifier):
@@ -70,6 +87,22 @@ def resolve(
     raise TypeError(
         f"{name}: expected None, a name, a configuration or a callable {form}, got "
         f"{type(identifier).__name__}"
+    )
+
+
+def refuse_in_place(name: str, function: Any) -> None:
+    """Raises TypeError for a function of torch.nn.init, which fills a tensor and is given none."""
+    function = getattr(function, "func", function)  # of a functools.partial
+    if getattr(function, "__module__", None) != "torch.nn.init":
+        return
+    counterpart = _IN_PLACE.get(function.__name__.rstrip("_"))
+    instead = "write a function that returns the tensor"
+    if counterpart is not None:
+        instead = f"take fastbconv.initializers.{counterpart}"
+    raise TypeError(
+        f"{name}: expected a callable f(shape, dtype) -> tensor, got "
+        f"torch.nn.init.{function.__name__}, which fills a tensor in place, with the axes of "
+        f"torch.nn; {instead}"
     )
 
 
@@ -86,6 +119,24 @@ def number(name: str, value: object, least: float = -math.inf) -> float:
         bound = "" if least == -math.inf else f" of at least {least:g}"
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
     return float(value)
+
+
+def _check_keys(name: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises TypeError for the first key of a dictionary that is not known."""
+    for key in given:
+        if key not in known:
+            keys = ", ".join(map(repr, known)) or "none"
+            raise TypeError(f"{name}: expected the keys {keys} alone, got {key!r}")
+
+
+def _from_config(name: str, make: Callable[..., Any], config: Mapping[str, Any]) -> Any:
+    """What a class or function makes of a configuration; its messages begin with the argument."""
+    name = f"{name}, {make.__name__}"
+    _check_keys(name, config, inspect.signature(make).parameters)
+    try:
+        return make(**config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _class_of(

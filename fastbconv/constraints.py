@@ -21,6 +21,17 @@ from torch import Tensor
 
 from . import _named
 
+__all__ = [
+    "Constraint",
+    "ConstraintLike",
+    "MaxNorm",
+    "MinMaxNorm",
+    "NonNeg",
+    "UnitNorm",
+    "get",
+    "serialize",
+]
+
 Constraint = Callable[[Tensor], Tensor]
 ConstraintLike = str | Mapping[str, Any] | Constraint | None
 

@@ -21,6 +21,28 @@ from torch import Tensor
 
 from . import _named
 
+__all__ = [
+    "Constant",
+    "GlorotNormal",
+    "GlorotUniform",
+    "HeNormal",
+    "HeUniform",
+    "Identity",
+    "Initializer",
+    "InitializerLike",
+    "LecunNormal",
+    "LecunUniform",
+    "Ones",
+    "Orthogonal",
+    "RandomNormal",
+    "RandomUniform",
+    "TruncatedNormal",
+    "VarianceScaling",
+    "Zeros",
+    "get",
+    "serialize",
+]
+
 Initializer = Callable[[Sequence[int], torch.dtype], Tensor]
 InitializerLike = str | Mapping[str, Any] | Initializer | None
 
@@ -341,6 +363,7 @@ def get(identifier: InitializerLike, name: str = "initializer") -> Initializer |
         >>> get({"class_name": "Constant", "config": {"value": -3.0}})
         Constant(value=-3.0)
     """
+    _named.refuse_in_place(name, identifier)
     return _named.resolve(identifier, name, CLASSES, _ALIASES, "f(shape, dtype) -> tensor")
 
 

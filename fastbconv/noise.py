@@ -33,6 +33,21 @@ from ._noise_mirror import mirror_weight_eps as mirror_weight_eps
 from ._ranks import data_parallel_group as data_parallel_group
 from ._ranks import rank_offset as rank_offset
 
+__all__ = [
+    "STREAMS",
+    "data_parallel_group",
+    "derive",
+    "derive_range",
+    "draw_seed",
+    "philox4x32_10",
+    "random_signs",
+    "rank_offset",
+    "seed_tensor",
+    "standard_normal",
+    "stream_id",
+    "weight_eps",
+]
+
 
 def stream_id(stream: str | int) -> int:
     """The number of a noise stream, from its name."""

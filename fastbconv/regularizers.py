@@ -13,6 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = [
+    "L1L2",
+    "Regularizer",
+    "RegularizerLike",
+    "get",
+    "l1",
+    "l1_l2",
+    "l2",
+    "serialize",
+]
+
 Regularizer = Callable[[Tensor], Tensor]
 RegularizerLike = str | Mapping[str, Any] | Regularizer | None
 

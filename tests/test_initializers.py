@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import json
 import math
 from typing import Any
@@ -219,7 +220,27 @@ def test_aliases_and_other_forms() -> None:
         ({}, ValueError, "w: expected a configuration {'class_name': name, .*, got {}"),
         ({"class_name": "Zeros", "config": 3}, ValueError, "w: expected a configuration"),
         ({"class_name": "Zero_s2"}, ValueError, "w: expected one of .*, got 'Zero_s2'"),
-        ({"class_name": "Constant", "config": {"x": 1}}, TypeError, "w, Constant: .*'x'"),
+        (
+            {"class_name": "Constant", "config": {"x": 1}},
+            TypeError,
+            "w, Constant: expected the keys 'value' alone, got 'x'",
+        ),
+        (
+            {"class_name": "Constant", "cnfig": {"value": 1}},
+            TypeError,
+            "w: expected the keys 'class_name', 'config', .* alone, got 'cnfig'",
+        ),
+        (
+            torch.nn.init.zeros_,
+            TypeError,
+            r"w: .* -> tensor, got torch.nn.init.zeros_, .* take fastbconv.initializers.Zeros\(\)",
+        ),
+        (
+            functools.partial(torch.nn.init.xavier_normal_, gain=2.0),
+            TypeError,
+            r"xavier_normal_, .* in place.*take fastbconv.initializers.GlorotNormal\(\)",
+        ),
+        (torch.nn.init.dirac_, TypeError, "dirac_, .* write a function that returns the tensor"),
         (
             {"class_name": "HeNormal", "config": {"seed": 3}},
             NotImplementedError,

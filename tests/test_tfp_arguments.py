@@ -235,6 +235,20 @@ def test_inputs_are_cast_and_arrays_accepted() -> None:
     assert layer(torch.ones(3, 4), training=True).shape == (3, 2)
 
 
+@pytest.mark.parametrize("name", tfp_layers.NAMES)
+def test_unknown_keywords_of_a_call(name: str) -> None:
+    layer, x = tfp_layers.built(name)
+    for key, instead in (
+        ("num_samples", "; call the layer once for each draw"),
+        ("mask", "; the layer does not support masking"),
+        ("sed", "$"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"^{key}: expected one of the keywords seed, training{instead}"
+        ):
+            layer(x, **{key: None})
+
+
 def test_keyword_options() -> None:
     layer = tfp.DenseReparameterization(2, name="head", dynamic=True, input_dim=3, batch_size=5)
     assert (layer.name, layer.dynamic) == ("head", True)
@@ -283,6 +297,20 @@ def test_public_names() -> None:
         "regularizers",
     ):
         assert hasattr(fastbconv, name), name
+
+
+@pytest.mark.parametrize("name", ["constraints", "initializers", "noise", "regularizers"])
+def test_modules_list_their_public_names(name: str) -> None:
+    """help() and its like show what a module defines, and nothing that it imports."""
+    module = getattr(fastbconv, name)
+    listed = {
+        key
+        for key, value in vars(module).items()
+        if getattr(value, "__module__", None) == module.__name__ and not key.startswith("_")
+    }
+    assert listed <= set(module.__all__)
+    assert all(hasattr(module, key) for key in module.__all__)
+    assert not {"torch", "Tensor", "Any", "annotations"} & set(module.__all__)
 
 
 @pytest.mark.parametrize(

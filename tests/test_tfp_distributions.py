@@ -112,6 +112,19 @@ def test_a_distribution_without_rsample_warns() -> None:
     assert type(made) is Poisson
 
 
+def test_posteriors_print_under_the_name_that_users_know() -> None:
+    size = "(loc: torch.Size([3, 2]), scale: torch.Size([3, 2]))"
+    for name in ("DenseReparameterization", "DenseFlipout"):
+        layer = getattr(tfp, name)(2)
+        layer.build((None, 3))
+        assert repr(layer.kernel_posterior) == f"Independent(Normal{size}, 2)"
+        assert repr(layer.kernel_posterior.base_dist) == f"Normal{size}"
+    layer = tfp.DenseLocalReparameterization(2)
+    x = torch.randn(3, 4)
+    layer(x)
+    assert repr(layer.kernel_posterior_affine) == f"Normal{size}"
+
+
 def test_seeded_draws_have_successive_numbers() -> None:
     d = SeededNormal(torch.zeros(2, 3), torch.ones(2, 3))
     assert d.rsample().shape == (2, 3)

@@ -12,6 +12,7 @@ import tfp_layers
 import torch
 from tfp_layers import AFFINE, CONVOLUTIONS, NAMES, RANDOM_BIAS, built, gradients, make, twin
 from torch import Tensor, nn
+from torch.distributions import LogNormal
 
 import fastbconv as fb
 from fastbconv.layers import tfp
@@ -178,7 +179,11 @@ def test_a_divergence_gets_no_sample(name: str) -> None:
 @pytest.mark.parametrize("name", AFFINE)
 def test_the_posterior_has_to_be_normal(name: str) -> None:
     singular = tfp.default_mean_field_normal_fn(is_singular=True)
-    for function, kind in ((singular, "Deterministic"), (tfp_layers.laplace, "Laplace")):
+    for function, kind in (
+        (singular, "Deterministic"),
+        (tfp_layers.laplace, "Laplace"),
+        (lambda _, shape, *__: LogNormal(torch.zeros(shape), 1.0), "LogNormal"),
+    ):
         layer, x = built(name, kernel_posterior_fn=function)
         with pytest.raises(TypeError, match=f"expected .*Normal.*, got {kind}.*Reparam"):
             layer(x)

@@ -156,6 +156,8 @@ def test_what_repeats_a_call_refuses_the_layers_own_seed() -> None:
     run = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="seed: expected None under"):
         run(x)
+    with pytest.raises(NotImplementedError, match=r"torch\.export .* got 7"):
+        torch.export.export(layer, (x,), strict=False)
     torch.testing.assert_close(run(x, seed=SEED), layer(x, seed=SEED))
     want = layer(x, seed=SEED)
     got = torch.utils.checkpoint.checkpoint(layer, x, seed=SEED, use_reentrant=False)

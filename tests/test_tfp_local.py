@@ -87,3 +87,34 @@ def test_the_layer_keeps_no_input(name: str) -> None:
     own = twin(layer, name, kernel_posterior_tensor_fn=own_sample)
     own(x + 1)
     assert own.kernel_posterior_affine_tensor is own._last.tensors["affine"]
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("name", LOCAL)
+def test_an_input_that_was_changed_in_place(name: str, function: Any) -> None:
+    """What is made again from it would be of another call."""
+    layer, x = built(name, kernel_posterior_tensor_fn=function)
+    layer(x)
+    layer.kernel_posterior_affine_tensor  # noqa: B018  unchanged: there
+    x[:1].mul_(2.0)  # through a view
+    with pytest.raises(AttributeError, match=r"changed in place since, .*x\.clone\(\)"):
+        layer.kernel_posterior_affine  # noqa: B018
+    if function is tfp.posterior_sample:
+        with pytest.raises(AttributeError, match="changed in place since"):
+            layer.kernel_posterior_affine_tensor  # noqa: B018
+    else:
+        assert layer.kernel_posterior_affine_tensor is layer._last.tensors["affine"]
+    layer(x)
+    with torch.no_grad():  # variables may change: the distribution is that of the present ones
+        before = layer.kernel_posterior_affine.mean
+        layer.kernel_posterior_loc.add_(1.0)
+        assert not torch.equal(layer.kernel_posterior_affine.mean, before)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_inputs_without_a_count_of_changes(name: str) -> None:
+    layer, x = built(name)
+    with torch.inference_mode():
+        for given in (x.clone(), x.numpy()):
+            layer(given)
+            assert layer.kernel_posterior_affine.mean.isfinite().all()

@@ -142,6 +142,9 @@ def test_exchange_of_weights() -> None:
         ValueError, match=r"weights\[0\]: expected an array of shape \(3, 3, 2, 4\)"
     ):
         layer.set_weights([weights[0][..., :2], *weights[1:]])
+    for given in (None, 3):
+        with pytest.raises(TypeError, match=f"weights: .*list.*, got {type(given).__name__}"):
+            layer.set_weights(given)
     with pytest.raises(ValueError, match="got list"):
         layer.set_weights([*weights[:2], weights[2].tolist(), weights[3]])
 

@@ -25,9 +25,10 @@ from fastbconv import _arguments, activations, functional
 from fastbconv._library import outside_autocast
 from fastbconv.contexts import Entry, Sampled
 
+from . import tfp_arguments as arguments
 from ._base import _rank_seed
 from .tfp_base import VariationalLayer
-from .tfp_distributions import normal_parameters
+from .tfp_distributions import kind_of, normal_parameters
 from .tfp_sampling import Call, Part
 from .tfp_variables import to_operator
 
@@ -79,22 +80,34 @@ class AffineEstimator(VariationalLayer):
         resolved = activations.resolve(self._activation_spec, face="keras")
         output = activations.apply(resolved.id, z, resolved.param).to(dtype)
         if resolved.fn is not None:
-            output = resolved.fn(output)
+            output = arguments.activated(resolved.fn, output)
         wants_kl = self._fb_context is not None and self._fb_context.wants_kl
         return output, z.new_zeros(()) if wants_kl else None, {}
 
     def _kernel_normal(self) -> tuple[Tensor, Tensor]:
-        """(loc, scale) of the kernel's posterior in the operators' layout, float32 or float64."""
+        """(loc, scale) of the kernel's posterior in the operators' layout, in the dtype of the
+        pass: float32 or float64, as the layer has it."""
         posterior = self.kernel_posterior
         parameters = normal_parameters(posterior)
         if parameters is None:
             raise TypeError(
                 "kernel_posterior_fn: expected a function that returns Normal or "
                 f"Independent(Normal), since layer {self.name!r} uses the estimator "
-                f"{self._estimator!r}, got {getattr(posterior, 'base_dist', posterior)!r}; the "
-                "Reparameterization layers take any posterior"
+                f"{self._estimator!r}, got {kind_of(posterior)}; the Reparameterization layers "
+                "take any posterior"
             )
-        loc, scale = (_arguments.wide_parameter(to_operator(value)) for value in parameters)
+        # Nothing is broadcast: a shape that fits by chance would tie or add weights.
+        shape, got = self._shape_of("kernel", self._channels), tuple(parameters[0].shape)
+        if got != shape:
+            raise ValueError(
+                f"kernel_posterior_fn: expected a distribution of shape {shape}, got "
+                f"{kind_of(posterior)} of shape {got}; make it from the shape that the function "
+                "receives"
+            )
+        wide = torch.promote_types(self._dtype, torch.float32)
+        loc, scale = (
+            _arguments.wide_parameter(to_operator(value)).to(wide) for value in parameters
+        )
         return loc, scale
 
     def _draw_affine(self, distribution: Distribution, call: Call) -> Tensor:

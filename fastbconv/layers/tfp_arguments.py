@@ -55,6 +55,9 @@ _INSTEAD = {
     "use_bias": "bias_posterior_fn=None leaves the bias out",
     "seed": "pass it to the call, layer(x, seed=...), or take a Flipout layer",
     "groups": "fastbconv.BayesConv2d has groups",
+    "mask": "the layer does not support masking",
+    "n_samples": "call the layer once for each draw",
+    "num_samples": "call the layer once for each draw",
     "kernel_initializer": "kernel_posterior_fn=default_mean_field_normal_fn(loc_initializer=...)",
     "kernel_regularizer": "kernel_posterior_fn=default_mean_field_normal_fn(loc_regularizer=...)",
     "kernel_constraint": "kernel_posterior_fn=default_mean_field_normal_fn(loc_constraint=...)",
@@ -291,13 +294,50 @@ def batch_input_shape(options: dict[str, Any]) -> tuple[int | None, ...] | None:
     return (options.get("batch_size"), *shape_tuple("input_shape", rest))
 
 
-def sample_tensor(name: str, value: Any, shape: Sequence[int]) -> Any:
-    """What a tensor function returned: a tensor of the parameter's shape."""
+def sample_tensor(name: str, value: Any, shape: Sequence[int], hint: str = "") -> Any:
+    """What a user's function returned: a tensor of a given shape; ``hint`` ends a message."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected it to return a tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected it to return a tensor, got {type(value).__name__}{hint}")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
-            f"{name}: expected a tensor of shape {tuple(shape)}, got {tuple(value.shape)}"
+            f"{name}: expected a tensor of shape {tuple(shape)}, got {tuple(value.shape)}{hint}"
+        )
+    return value
+
+
+def distribution(name: str, value: Any, *, optional: bool) -> Any:
+    """What a posterior or prior function returned; None only where it has a meaning."""
+    if value is None and optional:
+        return None
+    # Not only PyTorch's own classes: a prior that has log_prob alone serves a user's divergence.
+    known = any(hasattr(value, name) for name in ("sample", "log_prob"))
+    if isinstance(value, torch.Tensor) or not known:
+        none = " or None" if optional else ""
+        raise TypeError(
+            f"{name}: expected a function that returns a torch.distributions.Distribution{none}, "
+            f"got one that returns {type(value).__name__}; return for instance "
+            "torch.distributions.Normal(loc, scale)"
+        )
+    return value
+
+
+def activated(activation: Callable[[Any], Any], output: Any) -> Any:
+    """The output of a user's activation: a tensor of any shape."""
+    value = activation(output)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"activation: expected it to return a tensor, got {type(value).__name__}; it is a "
+            "function z -> tensor, such as torch.relu"
+        )
+    return value
+
+
+def penalty(name: str, value: Any) -> Any:
+    """What a regulariser returned."""
+    if value is None:
+        raise TypeError(
+            f"{name}: expected it to return a 0-dim tensor, got NoneType; a regulariser is a "
+            "function x -> penalty, such as fastbconv.regularizers.l2()"
         )
     return value
 

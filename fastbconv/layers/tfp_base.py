@@ -210,7 +210,8 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         with device, mode or contextlib.nullcontext():
             if mode is not None and type(function) is MeanFieldNormalFn:
                 return function.add_variables(self._dtype, shape, role, self._trainable, add)
-            return function(self._dtype, shape, role, self._trainable, add)
+            made = function(self._dtype, shape, role, self._trainable, add)
+        return arguments.distribution(f"{role}_fn", made, optional=role.endswith("prior"))
 
     # --- distributions ----------------------------------------------------------------------------
 
@@ -260,6 +261,7 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         *,
         seed: int | Tensor | None = None,
         training: bool | None = None,
+        **unknown: Any,
     ) -> Tensor:
         """One stochastic pass; every call draws anew, in training and inference alike.
 
@@ -274,9 +276,11 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
 
         Raises:
             ValueError: no input, integers, or a shape that does not fit.
-            TypeError: neither a tensor nor an array.
+            TypeError: neither a tensor nor an array, or an unknown keyword.
         """
         del training
+        if unknown:
+            arguments.reject_unknown(unknown, ("seed", "training"))
         x = self._checked_input(inputs)
         context = self._fb_context if seed is None else None
         mode = None if context is None else context.mode
@@ -332,7 +336,7 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         output, total = result if wants_kl else (result, None)
         output = self._from_operators(output)
         if resolved.fn is not None:
-            output = resolved.fn(output)
+            output = arguments.activated(resolved.fn, output)
         return output, total, priors
 
     @property

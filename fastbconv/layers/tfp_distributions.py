@@ -8,8 +8,10 @@ recognises them and takes its fused path, and so that they can be written to a c
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,13 +48,15 @@ class SeededNormal(Normal):
     eps_source: Callable[[int], Tensor] | None = None
     _drawn = 0
 
+    def __repr__(self) -> str:
+        # A user knows the class that this one stands in for.
+        return super().__repr__().replace(type(self).__name__, "Normal", 1)
+
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """``loc + scale * eps``, differentiable by loc and scale."""
         if self.eps_source is None:
             return super().rsample(torch.Size(sample_shape))
-        count = 1
-        for size in sample_shape:
-            count *= size
+        count = math.prod(sample_shape)
         eps = [self.eps_source(self._drawn + draw).to(self.loc) for draw in range(count)]
         self._drawn += count
         shape = (*sample_shape, *self.loc.shape)
@@ -160,7 +164,7 @@ def kl_divergence(q: Any, p: Any, sample: Tensor | None = None) -> Tensor:
     Args:
         q: posterior.
         p: prior; its parameters broadcast to those of q.
-        sample: ignored.
+        sample: does not matter.
 
     Returns:
         0-dim tensor (float32 where the distributions are float16 or bfloat16).
@@ -168,7 +172,6 @@ def kl_divergence(q: Any, p: Any, sample: Tensor | None = None) -> Tensor:
     Raises:
         NotImplementedError: no closed form is known for the pair.
     """
-    del sample
     q0, p0 = _base(q), _base(p)
     if isinstance(q0, Deterministic):
         return -p0.log_prob(q0.loc).sum()
@@ -177,15 +180,21 @@ def kl_divergence(q: Any, p: Any, sample: Tensor | None = None) -> Tensor:
         wide = (t.double() for t in (q0.loc, q0.scale, p0.loc, p0.scale))
         return kl.kl_normal_normal(*wide).sum().to(out)
     for pair in ((q0, p0), (q, p)):
-        try:
+        with contextlib.suppress(NotImplementedError):
             return torch_kl_divergence(*pair).sum()
-        except NotImplementedError:
-            continue
+    # Flipout and local layers have no sample of the kernel: the function has to draw.
+    start = "def fn(q, p, w): w = q.rsample(); return" if sample is None else "lambda q, p, w:"
     raise NotImplementedError(
-        f"divergence: expected distributions with a closed-form KL, got {type(q0).__name__} and "
-        f"{type(p0).__name__}; pass a divergence function, for instance the Monte-Carlo estimate "
-        "lambda q, p, w: (q.log_prob(w) - p.log_prob(w)).sum()"
+        f"divergence: expected distributions with a closed-form KL, got {kind_of(q)} and "
+        f"{kind_of(p)}; pass a divergence function, for instance the Monte-Carlo estimate "
+        f"{start} (q.log_prob(w) - p.log_prob(w)).sum()"
     )
+
+
+def kind_of(distribution: Any) -> str:
+    """The name of a distribution's class in messages, without ``Independent``."""
+    base = _base(distribution)
+    return "Normal" if isinstance(base, SeededNormal) else type(base).__name__
 
 
 def _base(distribution: Any) -> Any:

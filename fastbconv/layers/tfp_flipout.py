@@ -44,9 +44,9 @@ class Flipout(AffineEstimator):
             return super()._fresh_seed(device)
         if torch.compiler.is_compiling() or in_checkpoint():
             raise NotImplementedError(
-                "seed: expected None under torch.compile and activation checkpointing, which do "
-                f"not know a generator of the layer's own, got {self.seed} for layer "
-                f"{self.name!r}; pass the seed of each call, layer(x, seed=...)"
+                "seed: expected None under torch.compile, torch.export and activation "
+                f"checkpointing, which do not know a generator of the layer's own, got {self.seed} "
+                f"for layer {self.name!r}; pass the seed of each call, layer(x, seed=...)"
             )
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device).manual_seed(self.seed)
@@ -114,14 +114,18 @@ class Convolution2DFlipout(Flipout, VariationalConv):
             kernel's posterior has to be an elementwise normal.
         seed: an integer seeds a generator of the layer's own, from which every call draws its
             noise, so that the layer's sequence of draws depends on no global seed. A ``seed=``
-            given to the call comes first. None: PyTorch's generator.
+            given to the call comes first. None: PyTorch's generator. The generator is no part of
+            the layer's state: a copy (deepcopy, pickle) and a layer restored from a state_dict
+            begin the sequence anew. torch.compile, torch.export and activation checkpointing do
+            not know it, and raise: pass ``seed=`` to the call there.
 
     Shape:
         as in ``Convolution2DReparameterization``.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, at construction; TypeError in the call
-            where the kernel's posterior is not normal.
+        ValueError, TypeError: an argument that does not fit, at construction; in the call TypeError
+            where the kernel's posterior is not normal, ValueError where it has another shape.
+        NotImplementedError: in the call, a ``seed`` of the layer's own where none can be used.
 
     Example:
         >>> import torch

@@ -40,6 +40,11 @@ class LocalReparameterization(AffineEstimator):
         del x, loc, seed
         return drawn
 
+    def _remember(self, call: Call, inputs: Any, output: Tensor) -> None:
+        super()._remember(call, inputs, output)
+        if call.inputs is not None:
+            call.version = _version(inputs)
+
     def _affine_of(self, last: Call) -> Distribution:
         inputs = None if last.inputs is None else last.inputs()
         if inputs is None:
@@ -49,8 +54,21 @@ class LocalReparameterization(AffineEstimator):
                 "reference to the tensor that the layer is called with (not kept under "
                 "torch.compile)"
             )
+        if _version(inputs) != last.version:
+            raise AttributeError(
+                "kernel_posterior_affine: expected the input of the last call as it was, got one "
+                f"that was changed in place since, for layer {self.name!r}; call the layer with a "
+                "copy, layer(x.clone()), and keep a reference to that"
+            )
         x = self._checked_input(inputs).to(torch.promote_types(self._dtype, torch.float32))
         return self._affine_distribution(*self._kernel_normal(), x)
+
+
+def _version(inputs: Any) -> int | None:
+    """The count of a tensor's changes in place; inference tensors and arrays keep none."""
+    if not isinstance(inputs, Tensor) or inputs.is_inference():
+        return None
+    return inputs._version
 
 
 class DenseLocalReparameterization(LocalReparameterization, VariationalDense):
@@ -66,8 +84,9 @@ class DenseLocalReparameterization(LocalReparameterization, VariationalDense):
     (arXiv:1506.02557). A row of zeros has finite gradients.
 
     After a call ``kernel_posterior_tensor`` is None, ``kernel_posterior_affine`` is the normal of z
-    and ``kernel_posterior_affine_tensor`` is z; both are made again from the last input, which has
-    to be alive. A divergence function gets None as its sample.
+    and ``kernel_posterior_affine_tensor`` is z; both are made again from the present variables and
+    the last input, which has to be alive and unchanged. A divergence function gets None as its
+    sample.
 
     Args:
         units: as in ``DenseReparameterization``, like all that follows. The kernel's posterior has
@@ -77,8 +96,8 @@ class DenseLocalReparameterization(LocalReparameterization, VariationalDense):
         as in ``DenseReparameterization``.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, at construction; TypeError in the call
-            where the kernel's posterior is not normal.
+        ValueError, TypeError: an argument that does not fit, at construction; in the call TypeError
+            where the kernel's posterior is not normal, ValueError where it has another shape.
 
     Example:
         >>> import torch

@@ -32,6 +32,7 @@ class LossBook(nn.Module):
         if self.activity_regularizer is not None:
             rows = output.shape[0]
             activity = self.activity_regularizer(output)
+            activity = arguments.penalty("activity_regularizer", activity)
             call.activity = activity / rows if rows else torch.zeros_like(activity)
         if torch.compiler.is_compiling():
             self._last = call

@@ -53,6 +53,7 @@ class Call:
             "bias" samples, or "affine", what another estimator's tensor function returned.
         activity: the activity loss.
         inputs: weak reference to the input.
+        version: the input's count of changes in place, where it has one and a layer needs it.
     """
 
     seed: Tensor | None = None
@@ -62,6 +63,7 @@ class Call:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     activity: Tensor | None = None
     inputs: Callable[[], Any] | None = None
+    version: int | None = None
 
 
 class Sampler(nn.Module):

@@ -25,6 +25,8 @@ from fastbconv.constraints import Constraint, ConstraintLike
 from fastbconv.initializers import GlorotUniform, Initializer, InitializerLike
 from fastbconv.regularizers import Regularizer, RegularizerLike
 
+from . import tfp_arguments as arguments
+
 
 @dataclass(frozen=True)
 class VariableRecord:
@@ -73,6 +75,21 @@ def from_operator(value: Tensor) -> Tensor:
     if value.dim() < 2:
         return value
     return value.permute(*range(2, value.dim()), 1, 0)
+
+
+def _initial_value(
+    name: str, initializer: Initializer, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """What an initialiser gives: a tensor of the shape, or a scalar for all values."""
+    made = initializer(shape, dtype)
+    hint = "; an initialiser is a function f(shape, dtype) -> tensor"
+    try:
+        value = torch.as_tensor(made, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: expected it to return a tensor, got {type(made).__name__}{hint}"
+        ) from error
+    return arguments.sample_tensor(name, value, shape, hint) if value.dim() else value
 
 
 class VariableStore(nn.Module):
@@ -134,7 +151,8 @@ class VariableStore(nn.Module):
             The nn.Parameter.
 
         Raises:
-            TypeError: initialiser, regulariser or constraint of no accepted type.
+            TypeError: initialiser, regulariser or constraint of no accepted type, or an
+                initialiser that gives no tensor.
             ValueError: the name is taken, one of the three has an unknown name, or the initialiser
                 gives another shape.
         """
@@ -143,12 +161,7 @@ class VariableStore(nn.Module):
             f"{{}} of {name}", initializer, regularizer, constraint, GlorotUniform()
         )
         shape, dtype = tuple(shape), self._dtype if dtype is None else dtype
-        value = torch.as_tensor(initializer(shape, dtype), dtype=dtype)
-        if value.dim() and tuple(value.shape) != shape:
-            raise ValueError(
-                f"initializer of {name}: expected a tensor of shape {shape}, got "
-                f"{tuple(value.shape)}"
-            )
+        value = _initial_value(f"initializer of {name}", initializer, shape, dtype)
         storage = self._empty(shape, dtype)
         with torch.no_grad():
             storage.copy_(value)
@@ -263,9 +276,15 @@ class VariableStore(nn.Module):
         """Sets ``weights`` from arrays: the result of ``get_weights``, here or in TFP.
 
         Raises:
+            TypeError: no list.
             ValueError: another number of arrays, or another shape.
         """
         variables = self.weights
+        if not hasattr(weights, "__len__"):
+            raise TypeError(
+                f"weights: expected a list of arrays, as get_weights() of layer {self.name!r} "
+                f"gives it, got {type(weights).__name__}"
+            )
         if len(weights) != len(variables):
             hint = "" if self.built else "; call layer.build(input_shape) first"
             raise ValueError(
@@ -287,15 +306,25 @@ class VariableStore(nn.Module):
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
-        """Projects every variable that has a constraint; call it after an optimiser step."""
+        """Projects every variable that has a constraint; call it after an optimiser step.
+
+        Raises:
+            TypeError: a constraint returns no tensor.
+            ValueError: it returns one of another shape.
+        """
+        hint = "; a constraint is a function w -> w that returns the projected tensor"
         for record in self._records.values():
             if record.constraint is not None:
                 variable = getattr(self, record.name)
-                variable.copy_(record.constraint(variable))
+                value = record.constraint(variable)
+                arguments.sample_tensor(f"constraint of {record.name}", value, variable.shape, hint)
+                variable.copy_(value)
 
     def _regularization_losses(self) -> list[Tensor]:
         return [
-            record.regularizer(getattr(self, record.name))
+            arguments.penalty(
+                f"regularizer of {record.name}", record.regularizer(getattr(self, record.name))
+            )
             for record in self._records.values()
             if record.regularizer is not None
         ]
