@@ -37,12 +37,12 @@ ALLOWED = {
     "regularizers": "",
     "kl": "_arguments activations",
     "_transforms": "estimators",  # the torch.func path of each operator
-    "_fakes": "",  # what each operator returns, uncomputed
+    "_fakes": "estimators",  # what each operator returns, uncomputed
     "ops": "_arguments _fakes _native _transforms activations",
     "_ranks": "",
     "_noise_mirror": "",
     "noise": "_arguments _noise_mirror _ranks ops",  # the native generator, asked for by name only
-    "selection": "_arguments _native ops",
+    "selection": "_arguments _native estimators ops",
     "estimators": "",  # how noise enters the affine map
     "_library": "",  # the library's convolution
     "reference": "_library noise kl activations",
