@@ -45,6 +45,8 @@ def run(command: Sequence[str], limit: float) -> Outcome:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A shell's background job ignores SIGINT, and so would everything it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         status = None
         try:
