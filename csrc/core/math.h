@@ -122,9 +122,19 @@ FBC_INLINE float log1p_unit(float t) {  // t in [0, 1]
 FBC_INLINE double log1p_unit(double t) { return std::log1p(t); }
 
 template <typename T>
+FBC_INLINE T exp_minus_absolute(T x) {
+  return exp_nonpositive(-absolute(x));
+}
+
+template <typename T>
+FBC_INLINE T softplus_from(T x, T t) {
+  return log1p_unit(t) + (x < T(0) ? T(0) : x);  // NaN stays NaN
+}
+
+template <typename T>
 FBC_INLINE T softplus(T x, T* t) {
-  *t = exp_nonpositive(-absolute(x));
-  return log1p_unit(*t) + (x < T(0) ? T(0) : x);  // NaN stays NaN
+  *t = exp_minus_absolute(x);
+  return softplus_from(x, *t);
 }
 
 template <typename T>

@@ -66,18 +66,24 @@ struct PosteriorGrad {
   T rho;
 };
 
-// grad_weight: gradient of the loss by the sampled weight; grad_kl: by the KL. One division serves
-// sigmoid(rho) and 1 / scale: both have the factor 1 / ((1 + t) scale).
+// grad_weight: gradient of the loss by the sampled weight; grad_kl: by the KL; t = exp(-|rho|). One division
+// serves sigmoid(rho) and 1 / scale: both have the factor 1 / ((1 + t) scale).
 template <typename T>
-FBC_INLINE PosteriorGrad<T> posterior_grad(T grad_weight, T grad_weight_eps, T grad_kl, T loc, T rho,
-                                           T prior_loc, T inverse_prior_scale, T scale_floor) {
-  T t;
-  const T scale = scale_from_rho(rho, scale_floor, &t);
+FBC_INLINE PosteriorGrad<T> posterior_grad_from(T t, T grad_weight, T grad_weight_eps, T grad_kl, T loc, T rho,
+                                                T prior_loc, T inverse_prior_scale, T scale_floor) {
+  const T scale = scale_floor + softplus_from(rho, t);
   const T inverse_variance = inverse_prior_scale * inverse_prior_scale;
   const T factor = (rho >= T(0) ? T(1) : t) / ((T(1) + t) * scale);  // sigmoid(rho) / scale
   const T by_scale = fused_multiply_add(grad_kl * scale, inverse_variance, grad_weight_eps);
   return {fused_multiply_add(grad_kl * (loc - prior_loc), inverse_variance, grad_weight),
           factor * fused_multiply_add(by_scale, scale, -grad_kl)};
+}
+
+template <typename T>
+FBC_INLINE PosteriorGrad<T> posterior_grad(T grad_weight, T grad_weight_eps, T grad_kl, T loc, T rho,
+                                           T prior_loc, T inverse_prior_scale, T scale_floor) {
+  return posterior_grad_from(exp_minus_absolute(rho), grad_weight, grad_weight_eps, grad_kl, loc, rho, prior_loc,
+                             inverse_prior_scale, scale_floor);
 }
 
 template <typename T>
