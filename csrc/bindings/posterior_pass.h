@@ -12,18 +12,10 @@
 #include <memory>
 
 #include "../cpu/kernels.h"
+#include "parallel.h"
 #include "tensor_args.h"
 
 namespace fbc {
-
-// at::parallel_for as the kernels see it. Serial, as thread 0, inside another parallel region.
-inline void run_parallel(int64_t tasks, void (*task)(void*, int32_t, int64_t, int64_t),
-                         void* context) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    task(context, at::get_thread_num(), begin, end);
-  });
-}
-inline Parallel parallel_loop() { return {at::get_num_threads(), run_parallel}; }
 
 // Rows are handed to threads in pieces worth the hand-over. Where a row ends up changes no bit.
 template <typename T, typename F>

@@ -32,7 +32,7 @@ const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction
   if (is_16_bit(problem)) return "PyTorch's 16-bit convolution is faster";
   if (s.C < 32 || s.K < 32) return "there are too few channels for the transforms to pay";
   const int64_t tiles = winograd_tiles(s) / s.num_samples;
-  const int64_t least = direction == Direction::kFprop ? s.C * s.K / 1024 : 0;
+  const int64_t least = 0;
   if (tiles <= 64 || tiles <= least) return "there are too few pixels for the transforms to pay";
   return nullptr;
 }
