@@ -1,8 +1,8 @@
 """Times every CPU kernel on a grid of shapes and compares the choice of `auto` with the fastest.
 
 The evidence behind csrc/cpu/select.cpp. Every kernel that can serve a call takes its turn in one
-process, in an order shuffled at every turn: fprop, dgrad, wgrad (with the gradients of the posterior).
-Wall clock, medians. A choice is right where it is the fastest or within 10 % of it.
+process, in an order shuffled at every turn: fprop, dgrad, wgrad (with the gradients of the
+posterior). Wall clock, medians. A choice is right where it is the fastest or within 10 % of it.
 
     python benchmarks/selection.py [--threads 2] [--budget 1.0] [--only SUBSTRING] [--out FILE.csv]
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import random
 import statistics
 import sys
@@ -29,7 +30,7 @@ TOLERANCE = 1.10
 
 
 class Row(NamedTuple):
-    """One convolution: K filters of k x k over N images of C x H x H, height and width kept at stride 1."""
+    """K filters of size x size over n images of c x h x h; height and width kept at stride 1."""
 
     n: int
     c: int
@@ -138,18 +139,19 @@ GRID = (
 )
 
 
-def _tensors(row: Row) -> tuple[torch.Tensor, ...]:
+def tensors(row: Row) -> tuple[torch.Tensor, ...]:
     """Input, loc, rho, bias."""
     layout = torch.channels_last if row.layout == "nhwc" else torch.contiguous_format
     image = torch.randn(row.n, row.c, row.h, row.h, dtype=getattr(torch, row.dtype))
     loc = torch.randn(row.k, row.c // row.groups, row.size, row.size).contiguous(
         memory_format=layout
     )
-    tensors = (image.contiguous(memory_format=layout), loc, torch.full_like(loc, -4.0))
-    return tuple(tensor.requires_grad_() for tensor in (*tensors, torch.zeros(row.k)))
+    image = image.contiguous(memory_format=layout)
+    leaves = (image, loc, torch.full_like(loc, -4.0), torch.zeros(row.k))
+    return tuple(tensor.requires_grad_() for tensor in leaves)
 
 
-def _geometry(row: Row) -> dict[str, int]:
+def geometry(row: Row) -> dict[str, int]:
     padding = row.size // 2 * row.dilation
     return {
         "stride": row.stride,
@@ -161,16 +163,16 @@ def _geometry(row: Row) -> dict[str, int]:
 
 def choices(row: Row) -> dict[str, str]:
     """What `auto` takes for each direction."""
-    x, loc, *_ = _tensors(row)
-    return {c.direction: c.algorithm for c in fb.explain(x, loc, **_geometry(row)) if c.chosen}
+    x, loc, *_ = tensors(row)
+    return {c.direction: c.algorithm for c in fb.explain(x, loc, **geometry(row)) if c.chosen}
 
 
-def _turn(row: Row, tensors: tuple[torch.Tensor, ...], grad: torch.Tensor | None) -> list[float]:
+def _turn(row: Row, leaves: tuple[torch.Tensor, ...], grad: torch.Tensor | None) -> list[float]:
     """Seconds of the three directions, by the kernel in force."""
-    x, loc, rho, bias = tensors
+    x, loc, rho, bias = leaves
     marks = [time.perf_counter()]
     y, kl = functional.bayes_conv2d(
-        x, loc, rho, bias, **_geometry(row), activation="relu", seed=0, return_kl=True
+        x, loc, rho, bias, **geometry(row), activation="relu", seed=0, return_kl=True
     )
     marks.append(time.perf_counter())
     grad = torch.randn_like(y) if grad is None else grad
@@ -178,22 +180,22 @@ def _turn(row: Row, tensors: tuple[torch.Tensor, ...], grad: torch.Tensor | None
     marks.append(time.perf_counter())
     torch.autograd.grad((y, kl), (loc, rho, bias), (grad, torch.ones(())))
     marks.append(time.perf_counter())
-    return [end - begin for begin, end in zip(marks, marks[1:], strict=False)]
+    return [end - begin for begin, end in itertools.pairwise(marks)]
 
 
 def measure(row: Row, budget: float) -> dict[str, list[float]]:
     """Median milliseconds of each direction, by kernel; ``budget`` seconds for each."""
-    tensors = _tensors(row)
+    leaves = tensors(row)
     names = ["direct", "library"]
     if row.size == 3 and row.stride == row.dilation == row.groups == 1:
         names.append("winograd2")
     times: dict[str, list[list[float]]] = {name: [] for name in names}
-    grad = torch.randn_like(functional.bayes_conv2d(*tensors, **_geometry(row)))
+    grad = torch.randn_like(functional.bayes_conv2d(*leaves, **geometry(row)))
     began, turns = time.perf_counter(), 0
     while turns < 6 or time.perf_counter() - began < budget * len(names):
         for name in random.sample(names, len(names)):
             with fb.algorithm(name):
-                times[name].append(_turn(row, tensors, grad))
+                times[name].append(_turn(row, leaves, grad))
         turns += 1
     return {
         name: [1e3 * statistics.median(series) for series in zip(*rounds[2:], strict=True)]
@@ -259,9 +261,8 @@ def main() -> None:
             texts = "  ".join(f"{name} {value:.3f}" for name, value in cell.times.items())
             print(f"{row!s:40} {cell.direction}  {cell.chosen:9}  {texts}{mark}", flush=True)
     right = sum(cell.ratio <= TOLERANCE for cell in results)
-    print(
-        f"{right} of {len(results)} choices ({right / len(results):.1%}) within 10 % of the fastest, {len({c.row for c in results})} rows"
-    )
+    share = f"{right} of {len(results)} choices ({right / len(results):.1%})"
+    print(f"{share} within 10 % of the fastest, {len({cell.row for cell in results})} rows")
     if options.out:
         write(options.out, results, options.threads)
         print("written:", options.out, file=sys.stderr)

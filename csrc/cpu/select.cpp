@@ -23,40 +23,60 @@ int64_t winograd_tiles(const ConvShape& s) {
   return s.output_rows() * ((s.P + 1) / 2) * ((s.Q + 1) / 2);
 }
 
-// Measured over the grid of benchmarks/selection.py, float32, AVX-512: the transforms of the weight
-// must be shared by enough tiles; below two vectors of channels they cost more than they save.
-// float64 is for checking gradients, where the plainest sum is the best.
+// What follows was measured over the grid of benchmarks/selection.py: float32, AVX-512.
+
+// The transforms of the weight must be shared by enough tiles; below a vector of channels they cost more than
+// they save. float64 is for checking gradients, where the plainest sum is the best.
 const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
   if (problem.dtype == Dtype::kFloat64) return "float64 is computed by the direct kernels";
   if (is_16_bit(problem)) return "PyTorch's 16-bit convolution is faster";
-  if (s.C < 32 || s.K < 32) return "there are too few channels for the transforms to pay";
+  const int64_t summed = direction == Direction::kDgrad ? s.K : s.C;
+  const int64_t kept = direction == Direction::kDgrad ? s.C : s.K;
+  if (summed < 16 || (kept < 16 && summed < 64) || (kept < 16 && direction != Direction::kFprop)) {
+    return "there are too few channels for the transforms to pay";
+  }
+  // Many weights: then the direct kernels, too, read them from memory, and more often.
+  const bool many_weights = s.C * s.K >= 256 * 1024 && direction != Direction::kWgrad;
   const int64_t tiles = winograd_tiles(s) / s.num_samples;
-  const int64_t least = 0;
-  if (tiles <= 64 || tiles <= least) return "there are too few pixels for the transforms to pay";
+  if (tiles < (many_weights ? 16 : 64)) return "there are too few pixels for the transforms to pay";
   return nullptr;
 }
 
-// Where the direct kernels beat the library, or come within 5 %, on the same grid.
+bool direct_fprop_is_as_fast(const ConvProblem& problem) {
+  const ConvShape& s = problem.shape;
+  return s.filters_per_group() >= 16 || s.R * s.S == 1;
+}
+
+bool direct_dgrad_is_as_fast(const ConvProblem& problem) {
+  const ConvShape& s = problem.shape;
+  const int64_t channels = s.channels_per_group(), filters = s.filters_per_group();
+  if (s.R * s.S == 1) {
+    // Large results: the library's are fresh pages of 4 KiB, ours of 2 MiB.
+    return s.stride_h * s.stride_w == 1 && s.N * s.H * s.W * s.C >= (int64_t{2} << 20);
+  }
+  if (s.groups == 1 && channels <= 4) return true;
+  if (filters < 16) return false;
+  if (s.groups == 1 && channels <= 8) return true;
+  if (s.stride_h * s.stride_w > 1) return channels >= 256 || !problem.channels_last;
+  return channels >= 64;
+}
+
+bool direct_wgrad_is_as_fast(const ConvProblem& problem) {
+  const ConvShape& s = problem.shape;
+  return s.filters_per_group() > 16 || s.channels_per_group() >= 8;
+}
+
+// Where the direct kernels beat the library, or come within 10 %.
 bool direct_is_as_fast(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
   if (is_16_bit(problem) || problem.isa == Isa::kBaseline) return false;
-  const int64_t channels = s.channels_per_group(), filters = s.filters_per_group();
-  const bool one_pixel = s.P * s.Q == 1 && s.H * s.W == 1;  // a linear layer
-  const bool pointwise = s.R * s.S == 1;
-  const bool channels_last = problem.channels_last || s.C == 1;  // one channel: the same memory
-  if (s.groups > 1 && (channels < 32 || filters < 32)) return false;
-  if (one_pixel) return true;
+  if (s.groups > 1 && (s.channels_per_group() < 16 || s.filters_per_group() < 16)) return false;
+  if (s.P * s.Q == 1 && s.H * s.W == 1) return true;  // a linear layer
   switch (direction) {
-    case Direction::kFprop:
-      if (!channels_last && (channels < 16 || pointwise)) return false;
-      return filters > 16;
-    case Direction::kDgrad:
-      if (s.groups == 1 && channels <= 8 && !pointwise) return true;
-      if (!channels_last && s.stride_h * s.stride_w > 1) return true;
-      return channels >= 64 && s.stride_h * s.stride_w == 1 && !pointwise;
-    case Direction::kWgrad:
-      return channels >= 64 && !pointwise;
+    case Direction::kFprop: return direct_fprop_is_as_fast(problem);
+    case Direction::kDgrad: return direct_dgrad_is_as_fast(problem);
+    case Direction::kWgrad: return direct_wgrad_is_as_fast(problem);
   }
   return false;
 }
