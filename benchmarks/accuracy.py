@@ -1,4 +1,4 @@
-"""Errors of what `auto` takes over the grid of selection.py, next to those of PyTorch's convolution.
+"""Errors of what `auto` takes over the grid of selection.py, next to those of PyTorch.
 
 For every float32 row and seed: the weight that the layer draws is taken by itself (the same bits),
 and output and gradients are compared with float64 on that weight. The figures are ratios to the

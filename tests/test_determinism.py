@@ -32,6 +32,8 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"stride": [2, 3], "dilation": [2, 1]},
     ),
     "point": ({"N": 2, "C": 5, "H": 6, "W": 6, "K": 7, "R": 1, "S": 1}, {"padding": [0, 0, 0, 0]}),
+    "many_weights": ({"N": 2, "C": 520, "H": 7, "W": 5, "K": 264, "channels_last": True}, {}),
+    "many_tiles": ({"N": 3, "C": 70, "H": 18, "W": 15, "K": 130}, {}),
     "wide": ({"N": 64, "C": 64, "H": 8, "W": 8, "K": 64, "channels_last": True}, {}),
 }
 
@@ -66,7 +68,16 @@ def _assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 CASES = [pytest.param(*problem, DIRECT, id=f"{name}-direct") for name, problem in PROBLEMS.items()]
 CASES += [
     pytest.param(*PROBLEMS[name], WINOGRAD2, id=f"{name}-winograd2")
-    for name in ("float32", "channels_last", "bfloat16", "samples", "shared", "wide")
+    for name in (
+        "float32",
+        "channels_last",
+        "bfloat16",
+        "samples",
+        "shared",
+        "many_weights",
+        "many_tiles",
+        "wide",
+    )
 ]
 
 
