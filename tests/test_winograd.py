@@ -17,7 +17,7 @@ from fastbconv import functional as f
 SIZES = {
     "many-weights": (2, 520, 7, 5, 264, 1),
     "many-tiles": (3, 70, 18, 15, 130, (1, 2)),
-    "one-tile": (1, 528, 2, 2, 260, 1),
+    "one-tile-images": (66, 528, 2, 2, 260, 1),
     "no-padding": (2, 264, 6, 9, 520, 0),
 }
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
