@@ -26,6 +26,12 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bfloat16": ({"N": 4, "C": 16, "H": 9, "W": 9, "K": 17, "dtype": torch.bfloat16}, {}),
     "samples": ({"N": 6, "C": 8, "H": 6, "W": 6, "K": 24}, {"num_samples": 3}),
     "shared": ({"N": 2, "C": 8, "H": 6, "W": 6, "K": 24}, {"num_samples": 3, "share_input": True}),
+    # Taken apart by draws for one and two threads, shared by more.
+    "many_samples": ({"N": 16, "C": 20, "H": 6, "W": 7, "K": 24}, {"num_samples": 8}),
+    "many_shared": (
+        {"N": 2, "C": 20, "H": 6, "W": 7, "K": 24},
+        {"num_samples": 8, "share_input": True},
+    ),
     "groups": ({"N": 2, "C": 12, "H": 9, "W": 7, "K": 8, "groups": 4}, {"groups": 4}),
     "strided": (
         {"N": 4, "C": 3, "H": 15, "W": 13, "K": 33},
