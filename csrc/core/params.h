@@ -43,6 +43,7 @@ struct PosteriorParams {
   Stream stream;
   uint64_t element_offset;    // number of the first element, for a shard of a larger weight
   WeightTerm term;            // what a draw is, and what gradients are by; not read on CUDA
+  const T* scale;             // (K, R, S, C) contiguous, once for many draws; null: from rho. Not read on CUDA
 };
 
 // Where a sample goes: any strides, any storage type.
