@@ -67,10 +67,28 @@ bool direct_wgrad_is_as_fast(const ConvProblem& problem) {
   return s.filters_per_group() > 16 || s.channels_per_group() >= 8;
 }
 
+// Groups of a few channels, which the direct kernels compute with vectors over the channels of all groups
+// (depthwise_taps.inc).
+bool are_groups_narrow(const ConvProblem& problem) {
+  const ConvShape& s = problem.shape;
+  const int64_t most = problem.isa == Isa::kAvx512 ? 4 : 2;
+  return s.groups > 1 && s.channels_per_group() <= most && s.filters_per_group() <= most;
+}
+
+bool direct_is_as_fast_in_narrow_groups(const ConvProblem& problem, Direction direction) {
+  const ConvShape& s = problem.shape;
+  const bool depthwise = s.groups == s.C && s.groups == s.K;
+  if (s.C < 16 || s.K < 16) return false;  // less than a vector of channels in all
+  if (!depthwise || problem.channels_last) return true;
+  // Planes are copied to pixels and back; but the library's weight gradient of a large filter is slow.
+  return direction == Direction::kWgrad && s.R * s.S > 9;
+}
+
 // Where the direct kernels beat the library, or come within 10 %.
 bool direct_is_as_fast(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
   if (is_16_bit(problem) || problem.isa == Isa::kBaseline) return false;
+  if (are_groups_narrow(problem)) return direct_is_as_fast_in_narrow_groups(problem, direction);
   if (s.groups > 1 && (s.channels_per_group() < 16 || s.filters_per_group() < 16)) return false;
   if (s.P * s.Q == 1 && s.H * s.W == 1) return true;  // a linear layer
   switch (direction) {

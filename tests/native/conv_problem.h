@@ -30,6 +30,12 @@ inline bool random_problem(Random& random, Problem* out) {
     s.R = s.S = 3;
     s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
   }
+  if (random.below(3) == 0) {  // depthwise, with one filter or two for each channel
+    const int64_t most[] = {5, 17, 33, 70};
+    s.groups = s.C = random.between(2, most[random.below(4)]);
+    s.K = random.below(4) == 0 ? 2 * s.C : s.C;
+    if (random.below(4) == 0) s.R = random.between(1, 6), s.S = random.between(1, 6);
+  }
   s.num_samples = random.below(3) == 0 ? random.between(2, 3) : 1;
   s.share_input = s.num_samples > 1 && random.below(2) == 0;
   const int64_t per_sample = random.below(6) == 0 ? random.between(6, 14) : random.between(1, 3);
