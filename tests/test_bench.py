@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastbconv import _native
 from fastbconv.bench import check, cli, columns, memory, report, results, roofline, shapes
 from fastbconv.bench import statistics as stats
 from fastbconv.bench.columns import Column
@@ -189,6 +190,24 @@ def test_bounds_grow_with_what_they_count() -> None:
     assert math.isclose(compute, 2e-9 * 2 * 16 * 8 * 8 * 9)
     assert math.isclose(traffic, 4e-9 * (2 * 16 * 16 + 2 * 576))
     assert sampling == 576.0
+
+
+def test_peak_is_of_registers_with_every_thread() -> None:
+    native = _native.load()
+    assert native.multiply_add_rate(100) > 0.0
+    with pytest.raises(ValueError, match="iterations: expected at least 1, got 0"):
+        native.multiply_add_rate(0)
+    peak = roofline.measure_peak(0.0)
+    assert peak.gflops > 0.0
+    assert peak.source == f"float32 multiply-adds on registers ({native.cpu_capability()})"
+
+
+def test_peak_without_a_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "load", lambda: None)
+    monkeypatch.setattr(roofline, "_MATRIX", 16)
+    peak = roofline.measure_peak(0.0)
+    assert peak.source == "a float32 matrix product"
+    assert 0.0 < peak.gflops < float("inf")
 
 
 # --- columns --------------------------------------------------------------------------------------

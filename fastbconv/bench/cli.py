@@ -156,10 +156,8 @@ def _right(rows: Sequence[Shape], chosen: Sequence[Column]) -> bool:
 
 def _measure(run: Run, rows: Sequence[Shape], options: argparse.Namespace) -> bool:
     """Fills the run, mode by mode; True if a process failed."""
-    limits = roofline.measure_peak(0.5)
-    run.environment["multiply-add peak"] = (
-        f"{limits:.1f} GFLOP/s, measured with a float32 matrix product"
-    )
+    peak = roofline.measure_peak(0.5)
+    run.environment["multiply-add peak"] = f"{peak.gflops:.1f} GFLOP/s, measured with {peak.source}"
     before, failed = machine.cpu_time(), False
     others = [machine.others()]
     effort = Effort(options.budget, options.repeats)
@@ -169,7 +167,7 @@ def _measure(run: Run, rows: Sequence[Shape], options: argparse.Namespace) -> bo
             effort, options.cold,
         )  # fmt: skip
         cells, status = _work(settings)
-        run.add(cells, limits)
+        run.add(cells, peak.gflops)
         failed = failed or status != 0
         if status != 0:
             run.warnings.append(f"mode {mode} ended with status {status} before its last row")

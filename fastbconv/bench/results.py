@@ -47,7 +47,7 @@ class Run:
 
         Args:
             cells: as a worker wrote them.
-            peak: measured float32 GFLOP/s.
+            peak: measured float32 GFLOP/s; see roofline.
         """
         for cell in cells:
             (shape,) = shapes.select([cell["shape"]])
