@@ -44,11 +44,13 @@ class Limits(NamedTuple):
 def _best(call: Callable[[], object], budget: float) -> float:
     call()
     best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < budget:
+    while True:
         start = time.perf_counter()
         call()
-        best = min(best, time.perf_counter() - start)
-    return best
+        end = time.perf_counter()
+        best = min(best, end - start)
+        if end - began >= budget:
+            return best
 
 
 class Peak(NamedTuple):
