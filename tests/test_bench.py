@@ -154,13 +154,13 @@ def test_denominator_is_one_column_the_faster_deterministic_one() -> None:
 
 
 def test_rows_are_named_by_number_text_or_extents() -> None:
-    assert shapes.select([]) == SHAPES
+    assert shapes.select([])[:12] == SHAPES
     assert len(SHAPES) == 12
     assert sum(shape.for_direct for shape in SHAPES) == 7
     assert shapes.select(["2", "64,32,3,64,3", "2,5,3,4,3"]) == (SHAPES[1], TINY)
     assert [str(s) for s in shapes.select(["512,512"])] == ["64,4,512,512,3", "16,7,512,512,3"]
     assert SHAPES[0].flops == 2 * 128 * 28 * 28 * 32 * 25
-    for text in ("13", "0", "9,9,9", "2,5,3,4,2", "2,0,3,4,3", ""):
+    for text in ("15", "0", "9,9,9", "2,5,3,4,2", "2,0,3,4,3", ""):
         with pytest.raises(ValueError, match=r"shapes: expected .*, got"):
             shapes.select([text])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 
-from .results import PASSES, Cell, Run
+from .results import Cell, Run
+from .settings import DIRECTIONS
 
 
 def header(run: Run) -> str:
@@ -27,7 +28,7 @@ def tables(run: Run) -> str:
     """All tables, mode by mode."""
     parts = []
     for mode in run.modes:
-        for direction in PASSES:
+        for direction in DIRECTIONS:
             if run.find(mode, direction):
                 parts.append(_ratios(run, mode, direction))
                 parts.append(
@@ -49,7 +50,7 @@ def tables(run: Run) -> str:
                     )
                 )
     mode = next(iter(run.modes))
-    direction = next((name for name in PASSES if run.find(mode, name)), "forward")
+    direction = next((name for name in DIRECTIONS if run.find(mode, name)), "forward")
     title = "kept for backward beyond input, parameters and output, in weights"
     parts.append(
         _figures(run, mode, direction, title, lambda cell: f"{cell['saved_weights']:.1f}", False)
@@ -62,7 +63,7 @@ def tables(run: Run) -> str:
 def _ratios(run: Run, mode: str, direction: str) -> str:
     cells = run.find(mode, direction)
     shown = _columns(run, cells, lambda cell: cell["group"] != "deterministic")
-    lines = [["N,H,C,K,k", "det ms", "layout", *shown]]
+    lines = [["row", "det ms", "layout", *shown]]
     for row in run.rows():
         first = next(cell for (name, _), cell in cells.items() if name == row)
         base = cells[row, first["base"]]
@@ -90,7 +91,7 @@ def _mean_lines(run: Run, mode: str, direction: str) -> str:
             continue
         if mean["column"].startswith("det-"):
             continue
-        if mean["rows"] == "all" or mean["column"] == "direct":
+        if mean["rows"] in ("all", "networks") or mean["column"] == "direct":
             rows = "row" if mean["count"] == 1 else "rows"
             what = "" if mean["rows"] == "all" else f" ({mean['rows']})"
             lines.append(
@@ -110,7 +111,7 @@ def _figures(
 ) -> str:
     cells = run.find(mode, direction)
     shown = _columns(run, cells, lambda _: True)
-    lines = [["N,H,C,K,k", *shown]]
+    lines = [["row", *shown]]
     for row in run.rows():
         found = [cells.get((row, column)) for column in shown]
         lines.append([row, *(show(cell) if cell else "-" for cell in found)])
@@ -143,7 +144,7 @@ def chart(run: Run) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [(m, d) for m in run.modes for d in PASSES if run.find(m, d)]
+    panels = [(m, d) for m in run.modes for d in DIRECTIONS if run.find(m, d)]
     rows = run.rows()
     figure = Figure(figsize=(max(6.0, 1.1 * len(rows) + 2.0), 3.4 * len(panels) + 0.4))
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
