@@ -156,12 +156,13 @@ def test_layers_and_networks_replay_the_same_estimators() -> None:
 
 
 def test_command_reports_networks_apart(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--shapes", str(TINY), "lenet5@2", "--columns", "auto", "winograd2"]
+    arguments = ["--shapes", "lenet5@2", str(TINY), "--columns", "auto", "winograd2"]
     arguments += ["--budget", "0.01", "--repeats", "3", "--modes", "user"]
     assert cli.main([*arguments, "--out", str(tmp_path), "--name", "nets"]) == 0
     said = capfd.readouterr().out
     assert "lenet5@2 winograd2: not available for networks: its kernels compute 3 x 3" in said
 
+    assert said.index(f"\n{TINY} ") < said.index("\nlenet5@2 "), "networks come after the layers"
     content = json.loads((tmp_path / "nets.json").read_text())
     cells = {
         (cell["shape"], cell["direction"], cell["column"]): cell

@@ -110,8 +110,9 @@ def _again(
     """Logits, KL and gradients by plain PyTorch in ``dtype``, on the noise of that call."""
     kit = _ReplayKit(program, iter(taken))
     model = problem.model(kit).to(dtype).to(memory_format=FORMATS[layout]).train()
+    wants_grads = "parameters" in program.right and bool(result.grads)
     torch.manual_seed(_SEED)
-    with torch.set_grad_enabled(bool(result.grads)):
+    with torch.set_grad_enabled(wants_grads):
         output = model(problem.image(layout).to(dtype))
         values = {"output": output.detach()}
         loss = F.cross_entropy(output, problem.target)
@@ -119,7 +120,7 @@ def _again(
             kl = torch.stack(kit.terms).sum()
             values["kl"] = kl.detach()
             loss = loss + KL_WEIGHT * kl
-    if result.grads:
+    if wants_grads:
         named = dict(model.named_parameters())
         wanted = {name: value for name, value in named.items() if name in program.leaves}
         grads = torch.autograd.grad(loss, list(wanted.values()))
@@ -179,8 +180,10 @@ class _Again(nn.Module):
             return self.apply_map(input, loc, self.bias)
         scale = program.scale_floor + F.softplus(self.weight_rho)
         self.kit.terms.append(closed_form_kl(loc, scale))
-        if program.noise == "torch":
+        if program.noise.startswith("torch"):
             eps = torch.randn(loc.shape).to(loc.dtype)
+            if program.noise == "torch, biases too" and self.bias is not None:
+                torch.randn(self.bias.shape)  # drawn, and of no effect: its scale is negligible
             return self.apply_map(input, loc + scale * eps, self.bias)
         seed = noise.draw_seed()
         z = replayed(seed, program.estimator, self.apply_map, input, loc, scale)

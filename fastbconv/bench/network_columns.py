@@ -36,7 +36,8 @@ class NetworkProgram:
         graph: a pass with graph and without backward, for what is saved.
         leaves: name -> images and parameters.
         model: the network.
-        noise: where its noise comes from: "ours", "torch" (randn of each weight), or None.
+        noise: where its noise comes from: "ours", "torch" (randn of each weight), "torch, biases
+            too" (randn of each weight and then of its bias), or None.
         estimator: how ours enters.
         scale_floor: added to softplus(rho).
         right: results that --check compares: "output", "kl", "parameters" (their gradients).
@@ -267,8 +268,9 @@ def _bayesian_torch(problem: NetworkProblem, kind: str) -> NetworkProgram:
     def run(image: Tensor) -> tuple[Tensor, Tensor]:
         return model(image), get_kl_loss(model)
 
-    # Noise of biases between that of weights, another KL: no call of ours repeats it.
-    return _program(problem, model, run, "nhwc", right=())
+    # Their KL is a mean, and Flipout takes a sign for each pixel: another function than ours.
+    right = ("output",) if kind == "Reparameterization" else ()
+    return _program(problem, model, run, "nhwc", noise="torch, biases too", right=right)
 
 
 BUILDS: dict[str, Callable[[NetworkProblem], NetworkProgram]] = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 
+from . import shapes
 from .results import Cell, Run
 from .settings import DIRECTIONS
+from .shapes import Shape
 
 
 def header(run: Run) -> str:
@@ -146,6 +148,7 @@ def chart(run: Run) -> bytes:
 
     panels = [(m, d) for m in run.modes for d in DIRECTIONS if run.find(m, d)]
     rows = run.rows()
+    layers = sum(isinstance(row, Shape) for row in shapes.select(rows))  # where networks begin
     figure = Figure(figsize=(max(6.0, 1.1 * len(rows) + 2.0), 3.4 * len(panels) + 0.4))
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (mode, direction) in zip(axes, panels, strict=True):
@@ -165,6 +168,8 @@ def chart(run: Run) -> bytes:
                 if value > ceiling:
                     axis.text(x, 0.97 * ceiling, f"{value:.1f}", rotation=90, ha="center", va="top")
         axis.axhline(1.0, color="black", lw=0.8)
+        if 0 < layers < len(rows):
+            axis.axvline(layers - 0.5, color="grey", lw=0.8, ls=":")
         axis.set_title(f"{direction}, {mode}: time over the deterministic layer's", fontsize=10)
         axis.set_ylabel("ratio, median and quartiles")
         axis.set_xticks(range(len(rows)), rows, rotation=25, ha="right", fontsize=8)

@@ -60,8 +60,9 @@ class Run:
             self.cells.append(cell)
 
     def rows(self) -> list[str]:
-        """The rows in the order they were measured, as text."""
-        return list(dict.fromkeys(cell["shape"] for cell in self.cells))
+        """The rows as text: layers, then networks, each in the order they were measured."""
+        rows = shapes.select([cell["shape"] for cell in self.cells]) if self.cells else ()
+        return [str(row) for row in sorted(rows, key=lambda row: not isinstance(row, Shape))]
 
     def find(self, mode: str, direction: str) -> dict[tuple[str, str], Cell]:
         """(row, column) -> cell, of those that were timed."""
