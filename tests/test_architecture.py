@@ -56,7 +56,8 @@ ALLOWED = {
     "keras_weights": "keras_weights models",  # h5py and tensorflow inside functions only
     "testing": "reference noise kl activations",
     "train": "__init__ _version train functional kl layers models noise",
-    "bench": "__init__ _version bench estimators functional layers noise testing",
+    # _native: the probe of the processor, which is no operator
+    "bench": "__init__ _native _version bench estimators functional layers noise testing",
 }
 
 # (folder, what it may include): the three tiers of csrc/README.md.

@@ -16,6 +16,7 @@
 #include "../core/activation.h"
 #include "../cpu/capability.h"
 #include "../cpu/huge_pages.h"
+#include "../cpu/kernels.h"
 #include "../cpu/select.h"
 #include "device.h"
 #include "fbc_build_stamp.h"
@@ -94,6 +95,24 @@ int64_t threads_used(int64_t tasks) {
     seen.insert(std::this_thread::get_id());
   });
   return static_cast<int64_t>(seen.size());
+}
+
+// float32 operations a second by all threads at once, a multiply-add being two, on registers alone.
+// Of the best instruction set, whatever the limit: it is the processor that is measured.
+double multiply_add_rate(int64_t iterations) {
+  if (iterations < 1) {
+    throw py::value_error("iterations: expected at least 1, got " + std::to_string(iterations));
+  }
+  const py::gil_scoped_release released;
+  const ProbeKernels& probe = probe_kernels(detected_isa());
+  const int64_t threads = at::get_num_threads();
+  std::vector<float> kept(static_cast<size_t>(threads));
+  const auto start = std::chrono::steady_clock::now();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kept[i] = probe.multiply_adds(iterations, -1.0f, 3.0f);
+  });
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  return static_cast<double>(threads * iterations * probe.operations) / took.count();
 }
 
 Dtype dtype_by_name(const std::string& name) {
@@ -211,6 +230,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("threads_used", &fbc::threads_used, py::arg("tasks"),
         py::call_guard<py::gil_scoped_release>(),
         "Number of distinct threads that ran `tasks` parallel tasks.");
+  m.def("multiply_add_rate", &fbc::multiply_add_rate, py::arg("iterations"),
+        "float32 operations a second of all threads, measured on registers, `iterations` long.");
   m.def("explain_conv", &fbc::explain_conv, py::arg("input"), py::arg("weight"), py::kw_only(),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
         py::arg("num_samples"), py::arg("share_input"), py::arg("dtype"), py::arg("channels_last"),

@@ -29,6 +29,7 @@ namespace isa_avx512 {
 KernelTable<float> table_float() { return make_table<float>(); }
 KernelTable<double> table_double() { return make_table<double>(); }
 NoiseKernels table_noise() { return {normals, signs}; }
+ProbeKernels table_probes() { return probes(); }
 }  // namespace isa_avx512
 }  // namespace fbc
 

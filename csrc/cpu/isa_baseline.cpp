@@ -20,5 +20,6 @@ namespace isa_baseline {
 KernelTable<float> table_float() { return make_table<float>(); }
 KernelTable<double> table_double() { return make_table<double>(); }
 NoiseKernels table_noise() { return {normals, signs}; }
+ProbeKernels table_probes() { return probes(); }
 }  // namespace isa_baseline
 }  // namespace fbc

@@ -192,9 +192,17 @@ struct NoiseKernels {
   void (*signs)(NoiseKey, Stream, uint64_t first, int64_t count, float* out);
 };
 
+// For measuring the processor; see peak.inc.
+struct ProbeKernels {
+  int64_t operations;  // of one iteration: a multiplication and an addition in each lane of each chain
+  // A lane of the sum of the chains, which keeps them from being left out.
+  float (*multiply_adds)(int64_t iterations, float factor, float term);
+};
+
 template <typename T>
 const KernelTable<T>& kernels();  // of current_isa()
 const NoiseKernels& noise_kernels();
+const ProbeKernels& probe_kernels(Isa isa);  // of one that the processor has
 
 // Whether the Winograd kernels compute this: 3x3, no stride, no dilation, one group; any padding.
 inline bool winograd_fits(const ConvShape& s) {

@@ -8,6 +8,7 @@
   KernelTable<float> table_float();    \
   KernelTable<double> table_double();  \
   NoiseKernels table_noise();          \
+  ProbeKernels table_probes();         \
   }
 
 namespace fbc {

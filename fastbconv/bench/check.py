@@ -18,14 +18,16 @@ from torch import Tensor
 from fastbconv import testing
 
 from .columns import Column
+from .network_check import check_network
+from .network_columns import NetworkProblem, problem_of
 from .problem import FORMATS, Problem, Program, Result, closed_form_kl
-from .shapes import Shape
+from .shapes import Row
 
 _SEED = 20
 
 
 def check(
-    shapes: Iterable[Shape],
+    shapes: Iterable[Row],
     columns: Iterable[Column],
     say: Callable[[str], object] = lambda text: None,
 ) -> tuple[int, list[str]]:
@@ -42,10 +44,14 @@ def check(
     """
     compared, wrong = 0, []
     for shape in shapes:
-        problem = Problem(shape)
+        problem = problem_of(shape)
         for column in columns:
             try:
-                _check_program(problem, column.build(problem))
+                program = problem.build(column)
+                if isinstance(problem, NetworkProblem):
+                    check_network(problem, program)
+                else:
+                    _check_program(problem, program)
             except NotImplementedError as error:
                 say(f"not compared: {shape} {column.name}: {error}")
                 continue

@@ -18,7 +18,7 @@ from .check import check
 from .columns import Column
 from .results import Run
 from .settings import DIRECTIONS, Settings
-from .shapes import Shape
+from .shapes import Row
 from .timer import Effort
 
 
@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(
         prog="python -m fastbconv bench",
-        description="Times Bayesian layers against the deterministic layer, by turns in one "
-        "process: median and quartiles of the ratio.",
+        description="Times Bayesian layers and networks against deterministic ones, by turns in "
+        "one process: median and quartiles of the ratio.",
     )
     add = made.add_argument
     add("--list", action="store_true", help="show rows and columns, measure nothing")
@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="ROW",
-        help="row numbers, N,H,C,K,k (new ones too), or parts of a row's text; default: all",
+        help="row numbers, N,H,C,K,k (new ones too), networks (lenet5, resnet18@32), or parts of a "
+        "row's text; default: all",
     )
     add(
         "--columns",
@@ -123,11 +124,9 @@ def _peers(options: argparse.Namespace) -> tuple[list[Column], list[str]]:
 
 
 def _show(found: Sequence[Column], missing: Sequence[str]) -> None:
-    print("rows (N,H,C,K,k; stride 1, padding k // 2)")
-    for number, shape in enumerate(shapes.SHAPES, start=1):
-        print(
-            f"  {number:>2}  {shape!s:<16} {shape.flops * 1e-9:6.2f} GFLOP  {shape.weights} weights"
-        )
+    print("rows (layers: N,H,C,K,k; stride 1, padding k // 2; networks: name@batch)")
+    for number, row in enumerate(shapes.ROWS, start=1):
+        print(f"  {number:>2}  {row!s:<16} {row.flops * 1e-9:6.2f} GFLOP  {row.weights} weights")
     print("columns (* measured by default)")
     for column in [*columns.COLUMNS.values(), *found]:
         print(f"  {'*' if column.default else ' '} {column.name:<18} {column.text}")
@@ -144,7 +143,7 @@ def _modes(wanted: Sequence[str] | None) -> dict[str, str]:
     return {name: memory.MODES[name] for name in dict.fromkeys(names)}
 
 
-def _right(rows: Sequence[Shape], chosen: Sequence[Column]) -> bool:
+def _right(rows: Sequence[Row], chosen: Sequence[Column]) -> bool:
     compared, wrong = check(rows, chosen, lambda text: print(text, file=sys.stderr, flush=True))
     total = len(rows) * len(chosen)
     print(
@@ -154,12 +153,10 @@ def _right(rows: Sequence[Shape], chosen: Sequence[Column]) -> bool:
     return not wrong
 
 
-def _measure(run: Run, rows: Sequence[Shape], options: argparse.Namespace) -> bool:
+def _measure(run: Run, rows: Sequence[Row], options: argparse.Namespace) -> bool:
     """Fills the run, mode by mode; True if a process failed."""
-    limits = roofline.measure_peak(0.5)
-    run.environment["multiply-add peak"] = (
-        f"{limits:.1f} GFLOP/s, measured with a float32 matrix product"
-    )
+    peak = roofline.measure_peak(0.5)
+    run.environment["multiply-add peak"] = f"{peak.gflops:.1f} GFLOP/s, measured with {peak.source}"
     before, failed = machine.cpu_time(), False
     others = [machine.others()]
     effort = Effort(options.budget, options.repeats)
@@ -169,7 +166,7 @@ def _measure(run: Run, rows: Sequence[Shape], options: argparse.Namespace) -> bo
             effort, options.cold,
         )  # fmt: skip
         cells, status = _work(settings)
-        run.add(cells, limits)
+        run.add(cells, peak.gflops)
         failed = failed or status != 0
         if status != 0:
             run.warnings.append(f"mode {mode} ended with status {status} before its last row")

@@ -1,6 +1,7 @@
 """The columns of the table. One function each: it gets a row's data and returns a Program.
 
-To add a column, write a function and decorate it; a library that may be missing goes to peers.py.
+To add a column, write a function and decorate it; a library that may be missing goes to peers.py,
+and what the column is for a whole network to network_columns.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import fastbconv as fb
 from fastbconv import estimators, noise
 
 from .problem import Problem, Program, closed_form_kl, program, unfused_layer
+from .replay import replayed
 
 FLOOR: Final = 2.0**-23  # what the torch face adds to softplus(rho)
 F4_SLACK: Final = (
@@ -152,26 +154,13 @@ def _on_access(problem: Problem) -> Program:
 # --- other estimators -----------------------------------------------------------------------------
 
 
-def _signs(seed: Tensor, rows: int, channels: int, stream: str) -> Tensor:
-    return noise.random_signs(seed, (rows, channels), stream=stream)[:, :, None, None]
-
-
 def _replayed(
     problem: Problem, estimator: str, seed: int, input: Tensor, loc: Tensor, scale: Tensor
 ) -> Tensor:
     """Our Flipout or local reparameterisation of one call, by plain PyTorch on its noise."""
     torch.manual_seed(seed)
-    drawn, shape = noise.draw_seed(), problem.shape
-    apply = partial(F.conv2d, padding=shape.padding)
-    if estimator == "flipout":
-        delta = scale * noise.weight_eps(drawn, problem.loc.shape).to(scale.dtype)
-        sides = (("sign_input", shape.C), ("sign_output", shape.K))
-        signs = (_signs(drawn, shape.N, count, stream).to(input.dtype) for stream, count in sides)
-        return estimators.flipout(apply, input, loc, delta, *signs)
-    mean, deviation = estimators.local_moments(apply, input, loc, scale)
-    size = (shape.N, shape.H, shape.H, shape.K)
-    eps = noise.standard_normal(drawn, size, stream="local").permute(0, 3, 1, 2)
-    return mean + deviation * eps.to(mean.dtype)
+    apply = partial(F.conv2d, padding=problem.shape.padding)
+    return replayed(noise.draw_seed(), estimator, apply, input, loc, scale)
 
 
 def _estimator(problem: Problem, name: str) -> Program:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,14 @@ class Program:
     slack: float = 1.0
 
 
+class Buildable(Protocol):
+    """A column, as far as a row knows it: columns.Column."""
+
+    @property
+    def build(self) -> Callable[[Problem], Program]:
+        """Data of a row -> calls."""
+
+
 class Problem:
     """Data of one row: images, parameters as a fresh layer has them, an incoming gradient."""
 
@@ -78,6 +86,10 @@ class Problem:
         self.grad_output = normal(shape.N, shape.K, shape.H, shape.H)
         self.grad_kl = torch.tensor(KL_WEIGHT)
         self._images: dict[tuple[str, str], Tensor] = {}
+
+    def build(self, column: Buildable) -> Program:
+        """The calls of a column."""
+        return column.build(self)
 
     def image(self, name: str, layout: str) -> Tensor:
         """``input`` or ``grad_output`` in a layout; one tensor for all columns."""

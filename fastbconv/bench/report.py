@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 
-from .results import PASSES, Cell, Run
+from . import shapes
+from .results import Cell, Run
+from .settings import DIRECTIONS
+from .shapes import Shape
 
 
 def header(run: Run) -> str:
@@ -27,7 +30,7 @@ def tables(run: Run) -> str:
     """All tables, mode by mode."""
     parts = []
     for mode in run.modes:
-        for direction in PASSES:
+        for direction in DIRECTIONS:
             if run.find(mode, direction):
                 parts.append(_ratios(run, mode, direction))
                 parts.append(
@@ -49,7 +52,7 @@ def tables(run: Run) -> str:
                     )
                 )
     mode = next(iter(run.modes))
-    direction = next((name for name in PASSES if run.find(mode, name)), "forward")
+    direction = next((name for name in DIRECTIONS if run.find(mode, name)), "forward")
     title = "kept for backward beyond input, parameters and output, in weights"
     parts.append(
         _figures(run, mode, direction, title, lambda cell: f"{cell['saved_weights']:.1f}", False)
@@ -62,7 +65,7 @@ def tables(run: Run) -> str:
 def _ratios(run: Run, mode: str, direction: str) -> str:
     cells = run.find(mode, direction)
     shown = _columns(run, cells, lambda cell: cell["group"] != "deterministic")
-    lines = [["N,H,C,K,k", "det ms", "layout", *shown]]
+    lines = [["row", "det ms", "layout", *shown]]
     for row in run.rows():
         first = next(cell for (name, _), cell in cells.items() if name == row)
         base = cells[row, first["base"]]
@@ -90,7 +93,7 @@ def _mean_lines(run: Run, mode: str, direction: str) -> str:
             continue
         if mean["column"].startswith("det-"):
             continue
-        if mean["rows"] == "all" or mean["column"] == "direct":
+        if mean["rows"] in ("all", "networks") or mean["column"] == "direct":
             rows = "row" if mean["count"] == 1 else "rows"
             what = "" if mean["rows"] == "all" else f" ({mean['rows']})"
             lines.append(
@@ -110,7 +113,7 @@ def _figures(
 ) -> str:
     cells = run.find(mode, direction)
     shown = _columns(run, cells, lambda _: True)
-    lines = [["N,H,C,K,k", *shown]]
+    lines = [["row", *shown]]
     for row in run.rows():
         found = [cells.get((row, column)) for column in shown]
         lines.append([row, *(show(cell) if cell else "-" for cell in found)])
@@ -143,8 +146,9 @@ def chart(run: Run) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [(m, d) for m in run.modes for d in PASSES if run.find(m, d)]
+    panels = [(m, d) for m in run.modes for d in DIRECTIONS if run.find(m, d)]
     rows = run.rows()
+    layers = sum(isinstance(row, Shape) for row in shapes.select(rows))  # where networks begin
     figure = Figure(figsize=(max(6.0, 1.1 * len(rows) + 2.0), 3.4 * len(panels) + 0.4))
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (mode, direction) in zip(axes, panels, strict=True):
@@ -164,6 +168,8 @@ def chart(run: Run) -> bytes:
                 if value > ceiling:
                     axis.text(x, 0.97 * ceiling, f"{value:.1f}", rotation=90, ha="center", va="top")
         axis.axhline(1.0, color="black", lw=0.8)
+        if 0 < layers < len(rows):
+            axis.axvline(layers - 0.5, color="grey", lw=0.8, ls=":")
         axis.set_title(f"{direction}, {mode}: time over the deterministic layer's", fontsize=10)
         axis.set_ylabel("ratio, median and quartiles")
         axis.set_xticks(range(len(rows)), rows, rotation=25, ha="right", fontsize=8)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from . import shapes, statistics
+from .settings import DIRECTIONS
+from .shapes import Shape
 
 Cell = dict[str, Any]
 FIELDS = (
@@ -19,7 +21,6 @@ FIELDS = (
     "seconds_high", "seconds_min", "ratio", "ratio_low", "ratio_high", "gflops", "peak_fraction",
     "saved_bytes", "saved_weights", "faults", "preempted", "absent",
 )  # fmt: skip
-PASSES = {"forward": 1, "step": 3}  # forward, gradient of the input, gradient of the weight
 
 
 @dataclass
@@ -47,20 +48,21 @@ class Run:
 
         Args:
             cells: as a worker wrote them.
-            peak: measured float32 GFLOP/s.
+            peak: measured float32 GFLOP/s; see roofline.
         """
         for cell in cells:
-            (shape,) = shapes.select([cell["shape"]])
+            (row,) = shapes.select([cell["shape"]])
             if "seconds" in cell:
-                flops = PASSES[cell["direction"]] * shape.flops
+                flops = row.step_flops if cell["direction"] == "step" else row.flops
                 cell["gflops"] = flops * 1e-9 / cell["seconds"]
                 cell["peak_fraction"] = cell["gflops"] / peak
-                cell["saved_weights"] = cell["saved_bytes"] / (4 * shape.weights)
+                cell["saved_weights"] = cell["saved_bytes"] / (4 * row.weights)
             self.cells.append(cell)
 
     def rows(self) -> list[str]:
-        """The rows in the order they were measured, as text."""
-        return list(dict.fromkeys(cell["shape"] for cell in self.cells))
+        """The rows as text: layers, then networks, each in the order they were measured."""
+        rows = shapes.select([cell["shape"] for cell in self.cells]) if self.cells else ()
+        return [str(row) for row in sorted(rows, key=lambda row: not isinstance(row, Shape))]
 
     def find(self, mode: str, direction: str) -> dict[tuple[str, str], Cell]:
         """(row, column) -> cell, of those that were timed."""
@@ -71,13 +73,14 @@ class Run:
         }
 
     def means(self) -> list[Cell]:
-        """Geometric means of the median ratios, over all rows and over those of ``direct``.
+        """Geometric means of the median ratios: over all single layers, over those of ``direct``,
+        and over the networks.
 
         "unfused" stands for the better of its two columns in each row.
         """
         found = []
         for mode in self.modes:
-            for direction in PASSES:
+            for direction in DIRECTIONS:
                 cells = self.find(mode, direction)
                 by_column: dict[str, dict[str, float]] = {}
                 for (row, column), cell in cells.items():
@@ -117,13 +120,18 @@ class Run:
 
 
 def _means_of(ratio: dict[str, float]) -> list[Cell]:
-    (*listed,) = shapes.select(list(ratio))
-    narrow = [str(shape) for shape in listed if shape.for_direct]
+    listed = shapes.select(list(ratio))
+    layers = [row for row in listed if isinstance(row, Shape)]
+    groups = {
+        "all": layers,
+        "3x3, N >= 16, C >= 64": [shape for shape in layers if shape.for_direct],
+        "networks": [row for row in listed if not isinstance(row, Shape)],
+    }
     found = []
-    for rows, names in (("all", list(ratio)), ("3x3, N >= 16, C >= 64", narrow)):
-        if names:
-            mean = statistics.geometric_mean([ratio[name] for name in names])
-            found.append({"rows": rows, "count": len(names), "ratio": mean})
+    for rows, members in groups.items():
+        if members:
+            mean = statistics.geometric_mean([ratio[str(row)] for row in members])
+            found.append({"rows": rows, "count": len(members), "ratio": mean})
     return found
 
 

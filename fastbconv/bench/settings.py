@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
-from .shapes import Shape
+from . import shapes
+from .shapes import Row
 from .timer import Effort
 
 DIRECTIONS = {
     "forward": "a pass without graph",
-    "step": "forward and backward: gradients of input, loc, rho and bias, with the KL's",
+    "step": "forward and backward: gradients of input, loc, rho, bias, with the KL's; of a network "
+    "those of its parameters",
 }
 
 
@@ -29,7 +31,7 @@ class Settings:
     """
 
     mode: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[Row, ...]
     columns: tuple[str, ...]
     directions: tuple[str, ...] = tuple(DIRECTIONS)
     threads: int = 2
@@ -38,13 +40,13 @@ class Settings:
 
     def dump(self) -> str:
         """As JSON."""
-        return json.dumps(asdict(self))
+        return json.dumps({**asdict(self), "shapes": [str(row) for row in self.shapes]})
 
     @classmethod
     def parse(cls, text: str) -> Settings:
         """The inverse of dump."""
         fields = json.loads(text)
-        fields["shapes"] = tuple(Shape(**shape) for shape in fields["shapes"])
+        fields["shapes"] = shapes.select(fields["shapes"])
         fields["effort"] = Effort(**fields["effort"])
         for name in ("columns", "directions"):
             fields[name] = tuple(fields[name])

@@ -1,9 +1,12 @@
-"""The rows of the table: convolutions with the padding that keeps height and width, stride 1."""
+"""The rows of the table: convolutions with the padding that keeps height and width, stride 1; and
+whole networks, which come after them and have no part in their means."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from . import networks
 
 
 @dataclass(frozen=True, order=True)
@@ -35,10 +38,54 @@ class Shape:
         return 2 * self.N * self.H * self.H * self.weights
 
     @property
+    def step_flops(self) -> int:
+        """Forward, and the gradients of input and weight."""
+        return 3 * self.flops
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor of one pass."""
+        return max(self.N * self.H**2 * max(self.C, self.K), self.weights)
+
+    @property
     def for_direct(self) -> bool:
         """Whether the row counts in the mean of ``direct``: 3 x 3, batch >= 16, C >= 64."""
         return self.k == 3 and self.N >= 16 and self.C >= 64
 
+
+@dataclass(frozen=True, order=True)
+class NetworkRow:
+    """A whole network: a key of networks.NETWORKS, and N images."""
+
+    name: str
+    N: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.N}"
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weights of convolutions and linear maps."""
+        return networks.facts(self.name, self.N).weights
+
+    @property
+    def flops(self) -> int:
+        """Nominal operations of one pass, of convolutions and linear maps."""
+        return networks.facts(self.name, self.N).flops
+
+    @property
+    def step_flops(self) -> int:
+        """Forward and backward, without the gradient of the images."""
+        return networks.facts(self.name, self.N).step_flops
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor of one pass."""
+        found = networks.facts(self.name, self.N)
+        return max(found.largest, found.weights)
+
+
+Row = Shape | NetworkRow
 
 SHAPES: tuple[Shape, ...] = (
     Shape(128, 28, 1, 32, 5),
@@ -55,13 +102,17 @@ SHAPES: tuple[Shape, ...] = (
     Shape(1, 8, 256, 256, 3),
 )
 
+NETWORK_ROWS: tuple[NetworkRow, ...] = (NetworkRow("lenet5", 128), NetworkRow("resnet18", 64))
+ROWS: tuple[Row, ...] = (*SHAPES, *NETWORK_ROWS)
 
-def select(texts: Sequence[str]) -> tuple[Shape, ...]:
+
+def select(texts: Sequence[str]) -> tuple[Row, ...]:
     """Rows by what the command line says; all of them for an empty list.
 
     Args:
-        texts: each a row's number (from 1), five numbers N,H,C,K,k, which may be a new shape, or a
-            part of a row's text, such as ``512,512``.
+        texts: each a row's number (from 1), five numbers N,H,C,K,k, which may be a new shape, a
+            network's name, with ``@N`` for another batch, or a part of a row's text, such as
+            ``512,512``.
 
     Returns:
         The rows in the order asked for, each once.
@@ -70,30 +121,35 @@ def select(texts: Sequence[str]) -> tuple[Shape, ...]:
         ValueError: a text that names no row.
 
     Example:
-        >>> [str(shape) for shape in select(["12", "2,6,3,4,3"])]
-        ['1,8,256,256,3', '2,6,3,4,3']
+        >>> [str(row) for row in select(["12", "2,6,3,4,3", "lenet5", "resnet18@32"])]
+        ['1,8,256,256,3', '2,6,3,4,3', 'lenet5@128', 'resnet18@32']
     """
-    chosen: dict[Shape, None] = {}
-    for text in texts or [str(index + 1) for index in range(len(SHAPES))]:
+    chosen: dict[Row, None] = {}
+    for text in texts or [str(index + 1) for index in range(len(ROWS))]:
         chosen.update(dict.fromkeys(_named_by(text.replace(" ", ""))))
     return tuple(chosen)
 
 
-def _named_by(text: str) -> Sequence[Shape]:
+def _named_by(text: str) -> Sequence[Row]:
     parts = text.split(",")
     if len(parts) == 1 and text.isdigit():
-        if not 1 <= int(text) <= len(SHAPES):
-            raise ValueError(f"shapes: expected a row number from 1 to {len(SHAPES)}, got {text}")
-        return [SHAPES[int(text) - 1]]
+        if not 1 <= int(text) <= len(ROWS):
+            raise ValueError(f"shapes: expected a row number from 1 to {len(ROWS)}, got {text}")
+        return [ROWS[int(text) - 1]]
     if len(parts) == 5 and all(part.isdigit() for part in parts):
         shape = Shape(*map(int, parts))
         if min(shape.N, shape.H, shape.C, shape.K) < 1 or shape.k % 2 == 0:
             raise ValueError(f"shapes: expected positive N,H,C,K and an odd k, got {text}")
         return [shape]
-    found = [shape for shape in SHAPES if text in str(shape)] if text else []
+    name, at, batch = text.partition("@")
+    if at and name in networks.NETWORKS:
+        if not batch.isdigit() or int(batch) < 1:
+            raise ValueError(f"shapes: expected a positive batch after {name}@, got {text}")
+        return [NetworkRow(name, int(batch))]
+    found = [row for row in ROWS if text in str(row)] if text else []
     if not found:
         raise ValueError(
-            f"shapes: expected a row number, five numbers N,H,C,K,k or a part of a row's text, got "
-            f"{text!r}; --list shows the rows"
+            "shapes: expected a row number, five numbers N,H,C,K,k, a network (NAME or NAME@BATCH) "
+            f"or a part of a row's text, got {text!r}; --list shows the rows"
         )
     return found

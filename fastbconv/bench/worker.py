@@ -16,9 +16,10 @@ import torch
 
 from . import columns, machine, memory, peers, statistics, timer
 from .columns import Column
-from .problem import Problem, Program
+from .network_columns import NetworkProgram, problem_of
+from .problem import Program
 from .settings import Settings
-from .shapes import Shape
+from .shapes import Row
 from .timer import Samples
 
 Cell = dict[str, Any]
@@ -48,19 +49,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def measure_row(
-    shape: Shape, chosen: Sequence[Column], settings: Settings, between: Callable | None
-):
+def measure_row(shape: Row, chosen: Sequence[Column], settings: Settings, between: Callable | None):
     """Yields the cells of one row, direction by direction."""
     if settings.mode == "recycled":
-        largest = 4 * shape.N * shape.H**2 * max(shape.C, shape.K)
-        memory.grow_pool(_POOL_TENSORS * max(largest, 4 * shape.weights))
-    problem = Problem(shape)
-    programs: dict[str, Program] = {}
+        memory.grow_pool(_POOL_TENSORS * 4 * shape.largest)
+    problem = problem_of(shape)
+    programs: dict[str, Program | NetworkProgram] = {}
     absent: dict[str, str] = {}
     for column in chosen:
         try:
-            programs[column.name] = _started(column.build(problem))
+            programs[column.name] = _started(problem.build(column))
         except NotImplementedError as error:
             absent[column.name] = str(error)
     saved = {name: _saved(program) for name, program in programs.items()}
@@ -76,13 +74,13 @@ def measure_row(
         yield [{**where, **cell} for cell in cells]
 
 
-def _started(program: Program) -> Program:
+def _started(program: Program | NetworkProgram) -> Program | NetworkProgram:
     """The program after one step: what it cannot do shows here, and lazy set-up is done."""
     program.step()
     return program
 
 
-def _saved(program: Program) -> int:
+def _saved(program: Program | NetworkProgram) -> int:
     def make() -> tuple[object, ...]:
         result = program.graph()
         return result.output, result.kl

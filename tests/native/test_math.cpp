@@ -271,6 +271,17 @@ void test_nan_parameters() {
   CHECK(weights), CHECK(gradients), CHECK(std::isnan(partials[0]));
 }
 
+// The chains of the peak probe swap x and 3 - x, exactly: nothing is left out, nothing overflows.
+void test_multiply_adds(Isa isa) {
+  const ProbeKernels& probe = probe_kernels(isa);
+  CHECK(probe.operations % 24 == 0);
+  const double chains = 12, start = chains * 1.0 + (chains - 1) / 2, swapped = 3 * chains - start;
+  for (const int64_t iterations : {0, 1, 2, 1001, 4000}) {
+    const double want = iterations % 2 == 0 ? start : swapped;
+    CHECK(std::fabs(probe.multiply_adds(iterations, -1.0f, 3.0f) - want) < 1e-5);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -278,6 +289,7 @@ int main() {
   for (int32_t isa = 0; isa <= static_cast<int32_t>(detected_isa()); ++isa) {
     limit_isa(static_cast<Isa>(isa));
     test_nan_parameters();
+    test_multiply_adds(static_cast<Isa>(isa));
   }
   test_logarithm();
   test_exponential();
