@@ -41,27 +41,59 @@ def check_network(problem: NetworkProblem, program: NetworkProgram) -> None:
     Raises:
         AssertionError: a result that is further from float64 than the rule allows.
     """
-    names = [name for name, _ in program.model.named_parameters()]
+    calls: dict[str, tuple[Result, list[Tensor]]] = {}
     for direction in ("forward", "step"):
         torch.manual_seed(_SEED)
         with torch.set_grad_enabled(direction == "step"), _decisions(program.model) as taken:
-            result: Result = getattr(program, direction)()
-        if not program.right:
+            calls[direction] = getattr(program, direction)(), taken
+    if not program.right:
+        return
+    step, decided = calls["step"]
+    replays = _replays(problem, program, decided, step)
+    _compare(program, "forward", calls["forward"][0], _of_forward(problem, program, calls, replays))
+    _compare(program, "step", step, replays)
+
+
+def _of_forward(
+    problem: NetworkProblem,
+    program: NetworkProgram,
+    calls: dict[str, tuple[Result, list[Tensor]]],
+    of_step: Sequence[dict[str, Tensor]],
+) -> Sequence[dict[str, Tensor]]:
+    """The replays of the forward pass: those of the step, where both decided alike."""
+    result, taken = calls["forward"]
+    if all(map(torch.equal, taken, calls["step"][1])):
+        return of_step
+    return _replays(problem, program, taken, result)
+
+
+def _replays(
+    problem: NetworkProblem, program: NetworkProgram, taken: list[Tensor], result: Result
+) -> Sequence[dict[str, Tensor]]:
+    """The network again: in float64, then in float32 in both memory formats."""
+    forms = [("nchw", torch.float64), *((layout, torch.float32) for layout in FORMATS)]
+    return [_again(problem, program, taken, result, *form) for form in forms]
+
+
+def _compare(
+    program: NetworkProgram, direction: str, result: Result, replays: Sequence[dict[str, Tensor]]
+) -> None:
+    exact, *own = replays
+    if "kl" in program.right and result.kl is None:
+        raise AssertionError(f"{direction}: kl: expected one, got None")
+    got = {"output": result.output.detach(), "kl": result.kl}
+    if "parameters" in program.right:
+        names = [name for name, _ in program.model.named_parameters()]
+        got |= zip(names, result.grads, strict=False)
+    errors = _errors(exact, own)
+    for name, value in got.items():
+        if name not in exact or (name in ("output", "kl") and name not in program.right):
             continue
-        exact = _again(problem, program, taken, result, "nchw", torch.float64)
-        own = [_again(problem, program, taken, result, name, torch.float32) for name in FORMATS]
-        got = {"output": result.output.detach(), "kl": result.kl}
-        if "parameters" in program.right:
-            got |= zip(names, result.grads, strict=False)
-        errors = _errors(exact, own)
-        for name, value in got.items():
-            if name not in exact or (name in ("output", "kl") and name not in program.right):
-                continue
-            forward = name in ("output", "kl")
-            factor = testing.FORWARD_FACTOR if forward else testing.GRADIENT_FACTOR
-            theirs = exact[name] + errors[_layer(name)] * exact[name].abs().max()
-            label = f"{direction}: {name}" if forward else f"d {name}"
-            testing.assert_ratio(value, theirs, exact[name], factor, label)
+        forward = name in ("output", "kl")
+        factor = testing.FORWARD_FACTOR if forward else testing.GRADIENT_FACTOR
+        theirs = exact[name] + errors[_layer(name)] * exact[name].abs().max()
+        label = f"{direction}: {name}" if forward else f"d {name}"
+        testing.assert_ratio(value, theirs, exact[name], factor, label)
 
 
 def _layer(name: str) -> str:
