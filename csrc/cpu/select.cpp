@@ -49,7 +49,9 @@ bool direct_is_as_fast_in_narrow_groups(const ConvProblem& problem, Direction di
   const ConvShape& s = problem.shape;
   const bool depthwise = s.groups == s.C && s.groups == s.K;
   if (s.C < 16 || s.K < 16) return false;  // less than a vector of channels in all
-  if (!depthwise || problem.channels_last) return true;
+  if (!depthwise) return true;
+  if (direction == Direction::kDgrad && problem.isa != Isa::kAvx512) return false;
+  if (problem.channels_last) return true;
   // Planes are copied to pixels and back; but the library's weight gradient of a large filter is slow.
   return direction == Direction::kWgrad && s.R * s.S > 9;
 }
