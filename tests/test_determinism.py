@@ -33,6 +33,14 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"num_samples": 8, "share_input": True},
     ),
     "groups": ({"N": 2, "C": 12, "H": 9, "W": 7, "K": 8, "groups": 4}, {"groups": 4}),
+    "depthwise": (
+        {"N": 5, "C": 37, "H": 9, "W": 7, "K": 37, "groups": 37, "channels_last": True},
+        {"groups": 37},
+    ),
+    "depthwise-samples": (
+        {"N": 2, "C": 20, "H": 9, "W": 7, "K": 40, "groups": 20, "dtype": torch.bfloat16},
+        {"groups": 20, "num_samples": 3, "share_input": True},
+    ),
     "strided": (
         {"N": 4, "C": 3, "H": 15, "W": 13, "K": 33},
         {"stride": [2, 3], "dilation": [2, 1]},

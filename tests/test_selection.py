@@ -84,6 +84,15 @@ def test_explain_takes_a_layer() -> None:
         fb.explain(X, layer)
 
 
+@pytest.mark.parametrize(("channels", "filters"), [(1, 1), (1, 2), (2, 2)])
+def test_narrow_groups_are_direct(channels: int, filters: int) -> None:
+    """With vectors over the channels of all groups; the baseline's hold too few."""
+    x = torch.zeros(2, 32 * channels, 9, 9).contiguous(memory_format=torch.channels_last)
+    rows = fb.explain(x, torch.zeros(32 * filters, channels, 3, 3), padding=1, groups=32)
+    expected = "library" if fb.build_info()["isa"] == "baseline" else "direct"
+    assert {row.algorithm for row in rows if row.chosen} == {expected}
+
+
 @pytest.mark.parametrize("estimator", ["flipout", "local"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [3, 64])

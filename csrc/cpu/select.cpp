@@ -77,9 +77,12 @@ bool are_groups_narrow(const ConvProblem& problem) {
 
 bool direct_is_as_fast_in_narrow_groups(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
-  const bool depthwise = s.groups == s.C && s.groups == s.K;
-  if (s.C < 16 || s.K < 16) return false;  // less than a vector of channels in all
-  if (!depthwise || problem.channels_last) return true;
+  const bool depthwise = s.groups == s.C && s.groups == s.K, forward = direction == Direction::kFprop;
+  if (s.C < 16 && s.K < 16) return false;  // less than a vector of channels in all
+  if (!depthwise) return true;
+  if (!forward && s.C < 24) return false;
+  if (direction == Direction::kDgrad && problem.isa != Isa::kAvx512) return false;
+  if (problem.channels_last) return true;
   // Planes are copied to pixels and back; but the library's weight gradient of a large filter is slow.
   return direction == Direction::kWgrad && s.R * s.S > 9;
 }
