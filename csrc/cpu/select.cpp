@@ -29,17 +29,22 @@ int64_t winograd_tiles(const ConvShape& s) {
 // they save. float64 is for checking gradients, where the plainest sum is the best.
 const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
+  const bool weights = direction == Direction::kWgrad;
   if (problem.dtype == Dtype::kFloat64) return "float64 is computed by the direct kernels";
-  if (is_16_bit(problem)) return "PyTorch's 16-bit convolution is faster";
-  const int64_t summed = direction == Direction::kDgrad ? s.K : s.C;
-  const int64_t kept = direction == Direction::kDgrad ? s.C : s.K;
-  if (summed < 16 || (kept < 16 && summed < 64) || (kept < 16 && direction != Direction::kFprop)) {
+  // The library's weight gradient is its slowest, and it does not like small images.
+  const int64_t matrix = s.C * s.K;
+  if (is_16_bit(problem) && s.P * s.Q > 16 && (!weights || matrix >= 512 * 512)) {
+    return "PyTorch's 16-bit convolution is faster";
+  }
+  const int64_t fewer = s.C < s.K ? s.C : s.K, more = s.C < s.K ? s.K : s.C;
+  const bool few_filters = s.C >= 64 && direction == Direction::kFprop;
+  if (fewer < 8 ? !few_filters : fewer < 16 && more < 64) {
     return "there are too few channels for the transforms to pay";
   }
   // Many weights: then the direct kernels, too, read them from memory, and more often.
-  const bool many_weights = s.C * s.K >= 256 * 1024 && direction != Direction::kWgrad;
-  const int64_t tiles = winograd_tiles(s) / s.num_samples;
-  if (tiles < (many_weights ? 16 : 64)) return "there are too few pixels for the transforms to pay";
+  const int64_t least = weights ? (matrix < 512 * 512 ? 64 : 192)
+                                : (matrix < 256 * 256 ? 64 : matrix < 512 * 512 ? 32 : 16);
+  if (winograd_tiles(s) / s.num_samples < least) return "there are too few pixels for the transforms to pay";
   return nullptr;
 }
 
@@ -64,7 +69,10 @@ bool direct_dgrad_is_as_fast(const ConvProblem& problem) {
 
 bool direct_wgrad_is_as_fast(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
-  return s.filters_per_group() > 16 || s.channels_per_group() >= 8;
+  const int64_t channels = s.channels_per_group();
+  if (s.R * s.S >= 25 && channels >= 64) return false;
+  if (!problem.channels_last && s.C > 1 && channels < 16) return false;
+  return s.filters_per_group() > 16 || channels >= 8;
 }
 
 // Groups of a few channels, which the direct kernels compute with vectors over the channels of all groups
