@@ -71,7 +71,6 @@ bool direct_wgrad_is_as_fast(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
   const int64_t channels = s.channels_per_group();
   if (s.R * s.S >= 25 && channels >= 64) return false;
-  if (!problem.channels_last && s.C > 1 && channels < 16) return false;
   return s.filters_per_group() > 16 || channels >= 8;
 }
 
