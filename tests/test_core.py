@@ -20,7 +20,7 @@ from fastbconv import _build, _native
 
 CPU = Path(__file__).resolve().parents[1] / "csrc" / "cpu"
 AVX_UNITS = ["isa_avx2", "isa_avx512"]
-TABLES = {"table_float", "table_double", "table_noise"}
+TABLES = {"table_float", "table_double", "table_noise", "table_probes"}
 # Mnemonics of the VEX and EVEX encodings begin with v, as no others do; and their wide registers.
 AVX = re.compile(r"\tv[a-z]|%[yz]mm")
 
