@@ -97,6 +97,7 @@ int64_t threads_used(int64_t tasks) {
   return static_cast<int64_t>(seen.size());
 }
 
+#if !defined(FBC_SIMT_HOST)
 // float32 operations a second by all threads at once, a multiply-add being two, on registers alone.
 // Of the best instruction set, whatever the limit: it is the processor that is measured.
 double multiply_add_rate(int64_t iterations) {
@@ -114,6 +115,7 @@ double multiply_add_rate(int64_t iterations) {
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
   return static_cast<double>(threads * iterations * probe.operations) / took.count();
 }
+#endif
 
 Dtype dtype_by_name(const std::string& name) {
   if (name == "float32") return Dtype::kFloat32;
@@ -230,8 +232,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("threads_used", &fbc::threads_used, py::arg("tasks"),
         py::call_guard<py::gil_scoped_release>(),
         "Number of distinct threads that ran `tasks` parallel tasks.");
+#if !defined(FBC_SIMT_HOST)  // which is compiled without the CPU kernels
   m.def("multiply_add_rate", &fbc::multiply_add_rate, py::arg("iterations"),
         "float32 operations a second of all threads, measured on registers, `iterations` long.");
+#endif
   m.def("explain_conv", &fbc::explain_conv, py::arg("input"), py::arg("weight"), py::kw_only(),
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
         py::arg("num_samples"), py::arg("share_input"), py::arg("dtype"), py::arg("channels_last"),
