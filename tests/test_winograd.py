@@ -12,11 +12,12 @@ from torch import Tensor
 import fastbconv as fb
 from fastbconv import functional as f
 
-# N, C, H, W, K, padding. Packed weights above 8 MB are multiplied after all of the input was
-# transformed; 130 filters and 70 channels make several blocks, 216 tiles several groups.
+# N, C, H, W, K, padding. With packed weights above 8 MB up to 528 tiles are transformed first; 130
+# filters and 70 channels make several blocks, 216 tiles several groups.
 SIZES = {
     "many-weights": (2, 520, 7, 5, 264, 1),
     "many-tiles": (3, 70, 18, 15, 130, (1, 2)),
+    "many-of-both": (9, 520, 16, 17, 264, 1),
     "one-tile-images": (66, 528, 2, 2, 260, 1),
     "no-padding": (2, 264, 6, 9, 520, 0),
 }
