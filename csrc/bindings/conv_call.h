@@ -87,9 +87,9 @@ PreActivationGradient activation_backward_direct(const ConvCall& call, const Con
 // grad in the input's dtype and memory format.
 PreActivationGradient activation_backward_library(const ConvCall& call, const ConvBackward& back);
 
-// Input gradient into grad_input, allocated like the input.
+// Input gradient into grad_input, allocated like the input. kept: the draws; null: drawn again.
 template <typename T>
-void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
+void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor* kept, const at::Tensor& grad,
                   const at::Tensor& grad_input);
 
 // Fills the weight's gradients from the pre-activation gradient, KL included.

@@ -98,9 +98,21 @@ Tensors4 forward_cpu(const ConvCall& given, bool keep_weight, bool save_pre_acti
   return {out.output, kl, out.pre_activation, out.weight};
 }
 
+// The noise that dgrad draws, for the gradients of the posterior that follow in the same call. Larger weights'
+// would go through memory: drawing it again is faster.
+constexpr int64_t kMostSharedNoise = int64_t{1} << 20;
+
+at::Tensor shared_noise(const ConvCall& call, const ConvBackward& back) {
+  const int64_t elements = call.weight.loc->numel();
+  const bool shares = back.wants_input && back.wants_weight && back.weight == nullptr &&
+                      call.weight.rho != nullptr && call.shape.num_samples == 1 &&
+                      elements <= kMostSharedNoise;
+  return shares ? at::empty({elements}, at::kFloat) : at::Tensor();
+}
+
 // Gradient by each draw of weight and bias, and by the input; undefined where not wanted.
 template <typename T>
-LibraryGradients backward_convolution(const ConvCall& call, ConvBackward back,
+LibraryGradients backward_convolution(ConvCall& call, ConvBackward back,
                                       GradientBinder<T>* weight_grads, bool* weight_done) {
   const Algorithm dgrad = back.wants_input ? resolve(call, Direction::kDgrad) : Algorithm::kAuto;
   const Algorithm wgrad =
@@ -126,8 +138,9 @@ LibraryGradients backward_convolution(const ConvCall& call, ConvBackward back,
   if (own_dgrad) {
     out.input =
         advised(at::empty(call.input->sizes(), call.input->options().memory_format(call.format)));
-    dgrad_direct<T>(call, dgrad, z.grad, out.input);
+    dgrad_direct<T>(call, dgrad, back.weight, z.grad, out.input);
   }
+  call.weight.eps_drawn = call.weight.eps != nullptr;  // in place of the weight's noise, from here on
   if (own_wgrad) {
     wgrad_direct<T>(call, wgrad, z.grad, weight_grads->grads);
     *weight_done = true;
@@ -145,16 +158,18 @@ PosteriorGradients finish_posterior(const PosteriorTensors& posterior, GradientB
 }
 
 template <typename T>
-Tensors9 backward(const ConvCall& call, ConvBackward back, double grad_kl,
-                  const std::array<bool, 9>& mask) {
+Tensors9 backward(ConvCall call, ConvBackward back, double grad_kl, const std::array<bool, 9>& mask) {
   const ConvOptions& o = call.options;
   GradientBinder<T> weight(call.weight, {mask[1], mask[2], mask[5], mask[6]},
                            o.weight_kl ? grad_kl : 0);
   LibraryGradients conv;
+  at::Tensor noise;
   bool weight_done = false;
   if (call.is_empty()) {
     if (mask[0]) conv.input = at::zeros_like(*call.input, call.input->options(), call.format);
   } else if (back.wants_input || back.wants_weight || back.wants_bias) {
+    if (mask[2]) noise = shared_noise(call, back);
+    if (noise.defined()) call.weight.eps = &noise;
     conv = backward_convolution<T>(call, back, &weight, &weight_done);
   }
   const PosteriorGradients w =

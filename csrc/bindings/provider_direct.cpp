@@ -19,6 +19,17 @@ bool can_use_as_is(const ConvCall& call, const ConvBackward& back) {
          back.grad_output->is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
+// (num_samples, K, C/G, R, S) draws that forward kept, as point masses.
+template <typename T>
+PosteriorParams<T> kept_draws(const at::Tensor& draws) {
+  const at::Tensor first = draws.select(0, 0);
+  PosteriorTensors t = {};
+  t.loc = &first;
+  PosteriorParams<T> p = posterior_params<T>(t);
+  p.loc_sample_stride = draws.stride(0);
+  return p;
+}
+
 }  // namespace
 
 template <typename T>
@@ -106,7 +117,7 @@ PreActivationGradient activation_backward_direct(const ConvCall& call, const Con
 }
 
 template <typename T>
-void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
+void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor* kept, const at::Tensor& grad,
                   const at::Tensor& grad_input) {
   const auto& table = methods<T>(method);
   DgradParams d = {};
@@ -118,7 +129,9 @@ void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad
   d.grad_input_stride = image_strides(grad_input);
   const Parallel parallel = parallel_loop();
   const at::Tensor scratch = workspace(table.dgrad_workspace(d, parallel.threads));
-  table.dgrad(d, host_posterior_params<T>(call.weight), parallel, scratch.mutable_data_ptr());
+  const at::Tensor draws = kept == nullptr ? at::Tensor() : kept->to(call.parameter_dtype());
+  table.dgrad(d, draws.defined() ? kept_draws<T>(draws) : host_posterior_params<T>(call.weight), parallel,
+              scratch.mutable_data_ptr());
 }
 
 template <typename T>
@@ -145,8 +158,9 @@ template PreActivationGradient activation_backward_direct<float>(const ConvCall&
                                                                  const ConvBackward&);
 template PreActivationGradient activation_backward_direct<double>(const ConvCall&,
                                                                   const ConvBackward&);
-template void dgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor&, const at::Tensor&);
-template void dgrad_direct<double>(const ConvCall&, Algorithm, const at::Tensor&,
+template void dgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor*, const at::Tensor&,
+                                  const at::Tensor&);
+template void dgrad_direct<double>(const ConvCall&, Algorithm, const at::Tensor*, const at::Tensor&,
                                    const at::Tensor&);
 template void wgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor&,
                                   const PosteriorGrads<float>&);

@@ -145,7 +145,7 @@ void backward_flipout(const ConvCall& call, const at::Tensor& grad, const at::Te
     run_wgrads(mean, second, *call.input, operands, grads);
   }
   if (grad_input.defined() && rows_of_dgrad) {
-    dgrad_direct<T>(by_rows, dgrad, grad, grad_input);
+    dgrad_direct<T>(by_rows, dgrad, nullptr, grad, grad_input);
   } else if (grad_input.defined()) {
     run_dgrads(call, mean, second, operands, signs.input, grad_input);
   }

@@ -101,6 +101,8 @@ struct PosteriorTensors {
   int64_t offset_add;
   Stream stream;
   int64_t element_offset;
+  const at::Tensor* eps;  // as in PosteriorParams; null: none
+  bool eps_drawn;
 
   // Of rho, the priors and the KL. loc may be 16-bit: a sample that was rounded before.
   at::ScalarType dtype() const {
@@ -154,6 +156,8 @@ template <typename T>
 PosteriorParams<T> host_posterior_params(const PosteriorTensors& t) {
   PosteriorParams<T> p = posterior_params<T>(t);
   if (t.seed != nullptr) p.noise = noise_key(*t.seed, t.offset_add);
+  if (t.eps != nullptr) p.eps = t.eps->mutable_data_ptr<float>();
+  p.eps_drawn = t.eps_drawn;
   return p;
 }
 

@@ -43,7 +43,11 @@ struct PosteriorParams {
   Stream stream;
   uint64_t element_offset;    // number of the first element, for a shard of a larger weight
   WeightTerm term;            // what a draw is, and what gradients are by; not read on CUDA
-  const T* scale;             // (K, R, S, C) contiguous, once for many draws; null: from rho. Not read on CUDA
+  // Not read on CUDA:
+  const T* scale;             // (K, R, S, C) contiguous, once for many draws; null: from rho
+  int64_t loc_sample_stride;  // of a point mass that differs from draw to draw; else 0
+  float* eps;                 // (K, R, S, C) contiguous: the noise of sample 0 of a problem with one sample; or null
+  bool eps_drawn;             // eps is there to be read; else whoever draws leaves it there
 };
 
 // Where a sample goes: any strides, any storage type.
