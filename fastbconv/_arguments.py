@@ -357,3 +357,12 @@ def extents(
                 f"input: expected a padded size of at least {span - stride[axis]} for a filter of "
                 f"{filter[axis]} with dilation {dilation[axis]}, got {padded}"
             )
+
+
+def reshaped(output: Tensor, shape: Sequence[int]) -> Tensor:
+    """An operator's result, which nothing else holds, under another shape.
+
+    Not a view as autograd sees it: FSDP2 warns of modules that return one, and in-place functions
+    after the layer work.
+    """
+    return torch.ops.aten._unsafe_view.default(output, list(shape))

@@ -49,7 +49,6 @@ def test_buckets_get_the_gradients_of_the_groups(passes) -> None:
     assert_gradients(got, _expected(x))
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # reshaped linear outputs
 def test_sharded_layers_draw_for_themselves() -> None:
     x = make_image()
     torch.manual_seed(1)

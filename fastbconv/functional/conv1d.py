@@ -113,7 +113,7 @@ def bayes_conv1d(
         row_offset=row_offset,
     )
     output, total = result if return_kl else (result, None)
-    output = output.squeeze(2)
+    output = _arguments.reshaped(output, (*output.shape[:2], output.shape[3]))
     output = output.squeeze(0) if unbatched else output
     if resolved.fn is not None:
         output = resolved.fn(output)
