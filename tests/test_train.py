@@ -386,7 +386,7 @@ def test_help_shows_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert raised.value.code == 0
     assert "only 1 is the ELBO" in " ".join(text.split())
-    assert text.count("(default") == 15  # every option but --help and --resume
+    assert text.count("(default") == 16  # every option but --help and --resume
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, data, loop, report
+from . import checkpoint, data, loop, processes, report
+from .processes import Processes
 from .settings import NETWORKS, Settings, Stage, TrainError, stages
 
 SETTINGS_FILE = "settings.json"
@@ -107,9 +108,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains a Bayesian convolutional network and what it is compared with: the "
         "deterministic network trained alike, that with the prior as weight decay, KL weight 1, "
         "and both kinds without two classes. Reports accuracy, NLL, calibration and entropy on "
-        "clean and noisy test images, and the cost of a step.",
+        "clean and noisy test images, and the cost of a step. Under torchrun "
+        "(torchrun --nproc-per-node 2 -m fastbconv train) every process takes its share of each "
+        "batch.",
     )
     _add_settings(parser)
+    parser.add_argument(
+        "--shared-noise",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="the processes of torchrun draw the same weights, so that the run has the numbers of "
+        "one process up to rounding (default: draws of their own, several for each batch)",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -141,47 +151,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         given["data"] = str(Path(given["data"]).resolve())
     if out is None:
         out = Path("runs") / (Path(given.get("data", "digits")).name or "data")
-    try:
-        _run(given, out, resuming)
-    except TrainError as error:
-        print(f"fastbconv train: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"fastbconv train: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        command = f"python -m fastbconv train --resume --out {shlex.quote(str(out))}"
-        saved = (out / SETTINGS_FILE).exists()
-        advice = f"every epoch with a result line is saved; continue with: {command}"
-        print(
-            f"\nfastbconv train: interrupted; {advice if saved else 'nothing was begun'}",
-            file=sys.stderr,
-        )
-        return 130
+    with processes.started() as ours:
+        try:
+            _run(given, out, resuming, ours)
+        except TrainError as error:
+            return _failed(ours, 2, str(error))
+        except OSError as error:
+            return _failed(ours, 1, str(error))
+        except KeyboardInterrupt:
+            command = f"python -m fastbconv train --resume --out {shlex.quote(str(out))}"
+            saved = (out / SETTINGS_FILE).exists()
+            advice = f"every epoch with a result line is saved; continue with: {command}"
+            return _failed(ours, 130, f"interrupted; {advice if saved else 'nothing was begun'}")
     return 0
 
 
-def _run(given: dict[str, Any], out: Path, resuming: bool) -> None:
+def _failed(ours: Processes, status: int, problem: str) -> int:
+    if ours.is_first:
+        line = "\n" if status == 130 else ""  # behind what the terminal shows of Control-C
+        print(f"{line}fastbconv train: {problem}", file=sys.stderr)
+    return status
+
+
+def _run(
+    given: dict[str, Any], out: Path, resuming: bool, ours: Processes = processes.ALONE
+) -> None:
     import filelock
 
     began = time.perf_counter()
     if out.exists() and not out.is_dir():
         raise TrainError(f"--out {out}: expected a folder, got a file")
-    settings, found = _resumed(given, out) if resuming else _fresh(given)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    settings, found = _resumed(given, out, ours) if resuming else _fresh(given, ours)
     lock = filelock.FileLock(out.parent / f".{out.name}.lock", timeout=0)
+
+    def claim() -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise TrainError(f"--out {out}: expected no other run at work there, got one") from None
+        _begin(settings, found, out, resuming)
+
     try:
-        with lock:
-            _locked(settings, found, out, resuming)
-    except filelock.Timeout:
-        raise TrainError(f"--out {out}: expected no other run at work there, got one") from None
-    _say(f"saved in {out} ({', '.join(report.FILES)}, checkpoints)")
-    _say(f"{time.perf_counter() - began:.0f} s in all")
+        ours.first(claim)
+        with processes.noise(settings.shared_noise):
+            _train_and_report(settings, found, out, resuming, ours)
+    finally:
+        lock.release()
+    if ours.is_first:
+        _say(f"saved in {out} ({', '.join(report.FILES)}, checkpoints)")
+        _say(f"{time.perf_counter() - began:.0f} s in all")
 
 
-def _locked(settings: Settings, found: data.Dataset, out: Path, resuming: bool) -> None:
-    """Trains and reports, alone in the folder."""
-    torch.set_num_threads(settings.threads)
+def _begin(settings: Settings, found: data.Dataset, out: Path, resuming: bool) -> None:
+    """Makes the folder ready, alone in it, and says what will be done."""
     if resuming:
         checkpoint.remove_leftovers(out)
     else:
@@ -190,38 +213,60 @@ def _locked(settings: Settings, found: data.Dataset, out: Path, resuming: bool) 
     _say(found.describe())
     kl = "the ELBO" if settings.beta == 1 else "only 1 is the ELBO"
     _say(f"KL weight (--beta) {settings.beta:g}: {kl}")
+    if settings.processes > 1:
+        noise = "the same noise" if settings.shared_noise else "noise of their own"
+        _say(f"{settings.processes} processes with {noise}")
+
+
+def _train_and_report(
+    settings: Settings, found: data.Dataset, out: Path, resuming: bool, ours: Processes
+) -> None:
+    torch.set_num_threads(settings.threads)
     runs = [
-        _train(stage, settings, found, out / "checkpoints" / f"{stage.name}.pt", resuming)
-        for stage in _possible(stages(settings), found)
+        _train(stage, settings, found, out / "checkpoints" / f"{stage.name}.pt", resuming, ours)
+        for stage in _possible(stages(settings), found, ours)
     ]
-    _say("measuring on the test images")
-    _say("\n" + report.write(report.measure(settings, found, runs), out))
+
+    def measure() -> None:
+        _say("measuring on the test images")
+        _say("\n" + report.write(report.measure(settings, found, runs), out))
+
+    ours.first(measure)
 
 
 def _train(
-    stage: Stage, settings: Settings, found: data.Dataset, path: Path, resuming: bool
+    stage: Stage,
+    settings: Settings,
+    found: data.Dataset,
+    path: Path,
+    resuming: bool,
+    ours: Processes,
 ) -> loop.Run:
     """One network, to its last epoch."""
     own = found.without_held_out() if stage.kept_only else found
-    run = loop.start(stage, settings, own)
+    run = loop.start(stage, settings, own, ours)
     if resuming and path.exists():
         loop.resume(run, path)
-        _say(f"{stage.name}: {run.epoch} of {settings.epochs} epochs are done")
+        if ours.is_first:
+            _say(f"{stage.name}: {run.epoch} of {settings.epochs} epochs are done")
     loop.train(run, own, path, _say)
     return run
 
 
-def _possible(wanted: list[Stage], found: data.Dataset) -> list[Stage]:
+def _possible(wanted: list[Stage], found: data.Dataset, ours: Processes) -> list[Stage]:
     if not found.held_out and any(stage.kept_only for stage in wanted):
-        _say("no classes are held out: it takes four or more, the last two with test images")
+        if ours.is_first:
+            _say("no classes are held out: it takes four or more, the last two with test images")
         wanted = [stage for stage in wanted if not stage.kept_only]
     if not wanted:
         raise TrainError("--networks: expected one that this data set allows, got held-out only")
     return wanted
 
 
-def _fresh(given: dict[str, Any]) -> tuple[Settings, data.Dataset]:
-    chosen = dict(given)
+def _fresh(
+    given: dict[str, Any], ours: Processes = processes.ALONE
+) -> tuple[Settings, data.Dataset]:
+    chosen = {**given, "processes": ours.count}
     if "networks" in chosen:
         chosen["networks"] = tuple(name for name in NETWORKS if name in chosen["networks"])
     found = data.load(chosen.get("data", _DEFAULTS.data), chosen.get("image_size"))
@@ -231,7 +276,7 @@ def _fresh(given: dict[str, Any]) -> tuple[Settings, data.Dataset]:
     return Settings(**chosen), found
 
 
-def _resumed(given: dict[str, Any], out: Path) -> tuple[Settings, data.Dataset]:
+def _resumed(given: dict[str, Any], out: Path, ours: Processes) -> tuple[Settings, data.Dataset]:
     """The settings of the run in ``out``, which the arguments given may repeat but not change."""
     path = out / SETTINGS_FILE
     try:
@@ -253,6 +298,11 @@ def _resumed(given: dict[str, Any], out: Path) -> tuple[Settings, data.Dataset]:
                 f"{flag}: expected {getattr(settings, name)}, with which the run in {out} was "
                 f"begun, got {value}; leave it out, or start afresh without --resume"
             )
+    if settings.processes != ours.count:
+        raise TrainError(
+            f"--resume: expected {settings.processes} processes (torchrun --nproc-per-node), with "
+            f"which the run in {out} was begun, got {ours.count}"
+        )
     return settings, data.load(settings.data, settings.image_size)
 
 

@@ -19,6 +19,7 @@ import fastbconv as fb
 from . import checkpoint, evaluate
 from .data import Dataset, Part
 from .model import ConvNet, weight_decay
+from .processes import ALONE, Processes
 from .settings import Settings, Stage, TrainError
 
 VALIDATION_SAMPLES = 4
@@ -29,6 +30,8 @@ class Run:
     """One network in training.
 
     Attributes:
+        forward: the model as it is called: gradients are averaged over processes.
+        processes: this process among those of the run.
         epoch: epochs that are done.
         history: one dict per epoch: epoch, loss, nll, kl, validation_accuracy, seconds.
     """
@@ -36,17 +39,20 @@ class Run:
     stage: Stage
     settings: Settings
     model: ConvNet
+    forward: nn.Module
     optimizer: torch.optim.Optimizer
+    processes: Processes = ALONE
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def start(stage: Stage, settings: Settings, data: Dataset) -> Run:
+def start(stage: Stage, settings: Settings, data: Dataset, processes: Processes = ALONE) -> Run:
     """A network at its first weights; seeds the generators of torch, NumPy and Python."""
     checkpoint.seed_generators(settings.seed)
     kind = "bayesian" if stage.bayesian else "deterministic"
     model = ConvNet(kind, data.image_shape, len(data.classes), settings)
-    return Run(stage, settings, model, make_optimizer(model, settings.lr))
+    optimizer = make_optimizer(model, settings.lr)
+    return Run(stage, settings, model, processes.wrap(model), optimizer, processes)
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -66,16 +72,24 @@ def data_order(settings: Settings, epoch: int, count: int) -> Iterator[Tensor]:
 
 
 def loss_terms(
-    stage: Stage, settings: Settings, model: nn.Module, images: Tensor, labels: Tensor, count: int
+    stage: Stage,
+    settings: Settings,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    count: int,
+    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a step, mean NLL + beta * KL / count, with its NLL and its KL (nats, a sum).
+
+    ``weight`` is that of the NLL of this process's images (``Processes.share``).
 
     The KL comes out of the fused forward pass, and equals ``fastbconv.kl_loss(model)``. A
     deterministic network has none; where the stage asks for its prior, the negative log density of
     the weights takes the place of the KL in the loss.
     """
     with fb.collect_kl(model) as collected:
-        nll = F.cross_entropy(model(images), labels)
+        nll = weight * F.cross_entropy(model(images), labels)
     kl = collected.sum() if stage.bayesian else torch.zeros(())
     loss = nll + stage.beta / count * kl
     if not stage.bayesian and stage.beta > 0:
@@ -84,11 +98,11 @@ def loss_terms(
 
 
 def train_step(
-    run: Run, images: Tensor, labels: Tensor, count: int
+    run: Run, images: Tensor, labels: Tensor, count: int, weight: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward, backward, update; returns loss, NLL and KL without their graph."""
     run.optimizer.zero_grad(set_to_none=True)
-    terms = loss_terms(run.stage, run.settings, run.model, images, labels, count)
+    terms = loss_terms(run.stage, run.settings, run.forward, images, labels, count, weight)
     terms[0].backward()
     run.optimizer.step()
     return tuple(term.detach() for term in terms)
@@ -104,10 +118,11 @@ def train_epoch(run: Run, part: Part, bar: Callable[[int], Any]) -> dict[str, fl
         rate = learning_rate(settings, run.epoch * steps + index, settings.epochs * steps)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        terms = torch.stack(train_step(run, *part.batch(batch), count))
+        own, weight = run.processes.share(batch)
+        terms = torch.stack(train_step(run, *part.batch(own), count, weight))
         sums += terms.double() * len(batch)
         bar(len(batch))
-    loss, nll, kl = (sums / count).tolist()
+    loss, nll, kl = (run.processes.mean(sums) / count).tolist()
     if not math.isfinite(loss):
         raise TrainError(
             f"{run.stage.name}, epoch {run.epoch + 1}: expected a finite loss, got {loss}; "
@@ -117,8 +132,8 @@ def train_epoch(run: Run, part: Part, bar: Callable[[int], Any]) -> dict[str, fl
 
 
 def train(run: Run, data: Dataset, path: Path, say: Callable[[str], None]) -> None:
-    """Trains to the last epoch, with a checkpoint at ``path`` after each."""
-    settings, stage = run.settings, run.stage
+    """Trains to the last epoch, with a checkpoint at ``path`` after each, of the first process."""
+    settings, stage, first = run.settings, run.stage, run.processes.is_first
     while run.epoch < settings.epochs:
         began = time.perf_counter()
         with tqdm(
@@ -126,16 +141,18 @@ def train(run: Run, data: Dataset, path: Path, say: Callable[[str], None]) -> No
             desc=f"{stage.name} {run.epoch + 1}/{settings.epochs}",
             unit="img",
             leave=False,
-            disable=None,  # no bar where nobody watches: a file, a pipe
+            disable=None if first else True,  # None: no bar where nobody watches: a file, a pipe
             mininterval=0.2,
         ) as bar:
             row = train_epoch(run, data.train, bar.update)
-        row["validation_accuracy"] = validation_accuracy(run, data.validation)
+        if first:
+            row["validation_accuracy"] = validation_accuracy(run, data.validation)
         row["seconds"] = time.perf_counter() - began
         run.epoch += 1
         run.history.append({"epoch": run.epoch, **row})
-        save(run, path)
-        say(epoch_line(run))
+        run.processes.first(lambda: save(run, path))
+        if first:
+            say(epoch_line(run))
 
 
 def validation_accuracy(run: Run, part: Part) -> float:

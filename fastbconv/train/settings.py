@@ -32,6 +32,8 @@ class Settings:
         seed: of initial weights, data order and weight noise. The split does not depend on it.
         num_samples: Monte Carlo samples of an evaluation.
         threads: of torch; a resumed run keeps it, since sums depend on it in library kernels.
+        shared_noise: the processes of a run draw the same weights.
+        processes: of torchrun; 1 without it. Not an option.
     """
 
     data: str = "digits"
@@ -48,6 +50,8 @@ class Settings:
     seed: int = 0
     num_samples: int = 32
     threads: int = 1
+    shared_noise: bool = False
+    processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON and a checkpoint hold them."""
