@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -172,17 +172,26 @@ def _merged(frames: tuple[tuple[object, dict[str, Any]], ...]) -> LayerContext |
     return context
 
 
+class _Token:
+    """Whose a frame is."""
+
+
+def _lock() -> AbstractContextManager[Any]:
+    """A traced function runs once, whatever the threads, and the compiler knows no locks."""
+    return nullcontext() if torch.compiler.is_compiling() else _LOCK
+
+
 @contextmanager
 def installed(layers: Sequence[nn.Module], settings: Sequence[dict[str, Any]]) -> Iterator[None]:
     """Adds one frame to each layer, and takes those frames away at the end, and no others."""
-    token = object()
-    with _LOCK:
+    token = _Token()
+    with _lock():
         for layer, own in zip(layers, settings, strict=True):
             layer._fb_context = _merged((*_frames(layer), (token, own)))
     try:
         yield
     finally:
-        with _LOCK:
+        with _lock():
             for layer in layers:
                 frames = _frames(layer)
                 layer._fb_context = _merged(tuple(f for f in frames if f[0] is not token))
