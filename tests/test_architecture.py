@@ -48,8 +48,9 @@ ALLOWED = {
     "reference": "_library noise kl activations",
     "_composite": "_library activations estimators kl noise reference",
     "_call": "_arguments _composite activations kl noise ops reference selection",
+    "_quick": "_arguments _native activations kl noise ops selection",
     "functional": "_arguments _call activations estimators functional kl noise reference",
-    "layers": "_arguments _call _library activations constraints contexts estimators functional"
+    "layers": "_arguments _call _library _quick activations constraints contexts estimators functional"
     " initializers kl layers noise regularizers",
     "grouped": "_arguments _call contexts layers models noise",
     "models": "_arguments contexts functional kl layers noise",

@@ -224,7 +224,9 @@ def test_one_function_per_draw_over_space() -> None:
 def test_nothing_is_kept_between_steps(make) -> None:
     """Samples and densities kept on the module hold the last graph and its memory."""
     layer, x = make(), _input()
+    layer(x)  # the layer's arguments are parsed here, once
     before = {name: id(value) for name, value in vars(layer).items()}
+    assert not any(isinstance(value, torch.Tensor) for value in vars(layer).values())
     layer(x)
     assert {name: id(value) for name, value in vars(layer).items()} == before
 

@@ -20,6 +20,7 @@
 #include "../cpu/select.h"
 #include "device.h"
 #include "fbc_build_stamp.h"
+#include "layer_call.h"
 #if defined(FBC_HAS_CUDA)
 #include "../cuda/candidates.h"
 #endif
@@ -243,4 +244,5 @@ PYBIND11_MODULE(_C, m) {
         "Candidates of a convolution, best first, per direction, with reasons.");
   m.def("activations_from_pre_activation", &fbc::activations_from_pre_activation,
         "Per activation id: whether backward needs the pre-activation.");
+  fbc::define_layer_call(m);
 }

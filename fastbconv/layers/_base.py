@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastbconv import _arguments, _call, activations, estimators, functional, noise
 from fastbconv import kl as _kl
+from fastbconv._quick import Prepared
 from fastbconv.contexts import Entry, LayerContext, Sampled
 from fastbconv.estimators import Estimator
 
@@ -41,6 +42,7 @@ class BayesLayer(nn.Module):
     bias_rho: nn.Parameter | None
     _fb_context: LayerContext | None
     _last_draw: tuple[Tensor, int] | None
+    _prepared: Prepared | None
 
     def _init_options(
         self,
@@ -58,6 +60,7 @@ class BayesLayer(nn.Module):
         self.eval_mode = eval_mode
         self._fb_context = None
         self._last_draw = None
+        self._prepared = None
 
     def _init_posterior(self, prior: _kl.PriorLike, bayesian_bias: bool) -> None:
         """Adds the scales and the prior, and gives them their first values."""
@@ -290,6 +293,7 @@ class BayesLayer(nn.Module):
         state = self.__dict__.copy()
         state["_fb_context"] = None
         state["_last_draw"] = None
+        state["_prepared"] = None
         return state
 
     def _extra_options(self) -> str:

@@ -12,6 +12,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn.modules.conv import _ConvNd
 
 from fastbconv import _arguments, functional
+from fastbconv._quick import quick_call
 from fastbconv.estimators import Estimator
 from fastbconv.functional import ActivationLike
 from fastbconv.kl import PriorLike
@@ -155,6 +156,11 @@ class BayesConv2d(BayesLayer, _ConvNd):
         if self.padding_mode != "zeros":
             input = self._pad(input)
             padding = 0
+        elif num_samples == 1 and generator is None and not share_input:
+            geometry = (self.stride, padding, self.dilation, self.groups)
+            output = quick_call(self, input, seed, geometry)
+            if output is not None:
+                return output
         return self._call(
             functional.bayes_conv2d,
             input,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbconv import _arguments, functional
+from fastbconv._quick import quick_call
 from fastbconv.estimators import Estimator
 from fastbconv.functional import ActivationLike
 from fastbconv.kl import PriorLike
@@ -90,6 +91,10 @@ class BayesLinear(BayesLayer, nn.Linear):
             (..., out_features); the first dimension is num_samples times as long with
             ``share_input``.
         """
+        if num_samples == 1 and generator is None and not share_input:
+            output = quick_call(self, input, seed, None)
+            if output is not None:
+                return output
         return self._call(functional.bayes_linear, input, seed, generator, num_samples, share_input)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,160 @@
+// A layer's call as one function of its tensors. What never changes between calls is parsed once: for a small
+// layer the thirty arguments of bconv2d and their checks in Python cost several times the convolution.
+//
+// It serves the common call and no other, and says so by None: the caller then goes the long way, whose
+// messages name what is wrong. Dispatch is that of any call: autograd, autocast and modes come after it.
+#include "layer_call.h"
+
+#include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/randint.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <array>
+#include <limits>
+
+#include "autograd.h"
+#include "signatures.h"
+
+namespace py = pybind11;
+
+namespace fbc {
+
+namespace {
+
+// A tensor or parameter of no other class, which may have a say in what is called; null: something else.
+const at::Tensor* exact_tensor(py::handle object) {
+  if (!THPVariable_CheckTypeExact(Py_TYPE(object.ptr()))) return nullptr;
+  return &THPVariable_Unpack(object.ptr());
+}
+
+// A Python argument that may be None.
+struct Optional {
+  explicit Optional(py::handle object)
+      : absent(object.is_none()), tensor(absent ? nullptr : exact_tensor(object)) {}
+  bool is_unknown() const { return !absent && tensor == nullptr; }
+  OptionalTensor value() const { return tensor == nullptr ? std::nullopt : OptionalTensor(*tensor); }
+
+  bool absent;
+  const at::Tensor* tensor;
+};
+
+bool is_like(const at::Tensor& tensor, const at::Tensor& other) {
+  return tensor.scalar_type() == other.scalar_type() && tensor.device() == other.device();
+}
+
+class LayerCall {
+ public:
+  // linear: input (N, C), weight (K, C); else (N, C, H, W), (K, C/G, R, S). cuda: whether there are kernels.
+  LayerCall(std::array<double, 4> prior, double scale_floor, std::array<int64_t, 2> stride,
+            std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups, int64_t activation,
+            double activation_param, bool linear, bool cuda)
+      : prior_(prior),
+        scale_floor_(scale_floor),
+        stride_(stride),
+        padding_(padding),
+        dilation_(dilation),
+        groups_(groups),
+        activation_(activation),
+        activation_param_(activation_param),
+        linear_(linear),
+        cuda_(cuda) {}
+
+  // The output, or (output, kl) with with_kl; None: not served. seed None: drawn from torch's generator.
+  py::object call(py::handle input, py::handle weight, py::handle weight_rho, py::handle bias, py::handle bias_rho,
+                  py::handle seed, bool with_kl, int64_t offset_add, int64_t algorithm, bool keep_weight) const {
+    const at::Tensor *x = exact_tensor(input), *loc = exact_tensor(weight), *rho = exact_tensor(weight_rho);
+    const Optional bias_loc(bias), bias_scale(bias_rho), given(seed);
+    if (x == nullptr || loc == nullptr || rho == nullptr || bias_loc.is_unknown() || bias_scale.is_unknown() ||
+        given.is_unknown() || at::impl::torch_function_mode_enabled() || !fits(*x, *loc, *rho, bias_loc, bias_scale) ||
+        !is_seed(given, *x)) {
+      return py::none();
+    }
+    Tensors4 out;
+    {
+      const py::gil_scoped_release release;
+      out = dispatch(*x, *loc, *rho, bias_loc.value(), bias_scale.value(), given, with_kl, offset_add, algorithm,
+                     keep_weight);
+    }
+    py::object output = wrap(std::get<0>(out));
+    return with_kl ? py::object(py::make_tuple(output, wrap(std::get<1>(out)))) : output;
+  }
+
+ private:
+  static py::object wrap(const at::Tensor& tensor) {
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+  }
+
+  bool fits(const at::Tensor& x, const at::Tensor& loc, const at::Tensor& rho, const Optional& bias,
+            const Optional& bias_rho) const {
+    const int64_t dim = linear_ ? 2 : 4;
+    const bool floating = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
+    if (!(x.is_cpu() || (x.is_cuda() && cuda_)) || !floating || x.dim() != dim || loc.dim() != dim) return false;
+    if (!is_like(loc, x) || !is_like(rho, x) || rho.sizes() != loc.sizes()) return false;
+    if (x.size(1) != loc.size(1) * groups_ || loc.size(0) % groups_ != 0) return false;
+    for (const at::Tensor* part : {bias.tensor, bias_rho.tensor}) {
+      if (part != nullptr && (!is_like(*part, x) || part->dim() != 1 || part->size(0) != loc.size(0))) return false;
+    }
+    if (bias.tensor == nullptr && bias_rho.tensor != nullptr) return false;
+    if (linear_) return true;
+    for (int64_t i = 0; i < 2; ++i) {  // the filter lies inside the padded image
+      const int64_t padded = x.size(2 + i) + padding_[2 * i] + padding_[2 * i + 1];
+      if (padded < (loc.size(2 + i) - 1) * dilation_[i] + 1) return false;
+    }
+    return true;
+  }
+
+  static bool is_seed(const Optional& seed, const at::Tensor& x) {
+    if (seed.absent) return true;
+    const at::Tensor& s = *seed.tensor;
+    return s.scalar_type() == at::kLong && s.dim() == 1 && s.size(0) == 2 && s.device() == x.device();
+  }
+
+  Tensors4 dispatch(const at::Tensor& x, const at::Tensor& loc, const at::Tensor& rho, const OptionalTensor& bias,
+                    const OptionalTensor& bias_rho, const Optional& seed, bool with_kl, int64_t offset_add,
+                    int64_t algorithm, bool keep_weight) const {
+    static const auto op = find_op<Bconv2dSignature>("fastbconv::bconv2d");
+    const auto call = [&](const at::Tensor& image, const at::Tensor& filter, const at::Tensor& filter_rho) {
+      return op.call(image, filter, filter_rho, bias, bias_rho, seed.absent ? drawn_seed(x) : *seed.tensor,
+                     std::nullopt, std::nullopt, std::nullopt, std::nullopt, prior_, with_kl,
+                     with_kl && bias_rho.has_value(), scale_floor_, stride_, padding_, dilation_, groups_, activation_,
+                     activation_param_, /*num_samples=*/1, /*share_input=*/false, offset_add,
+                     /*element_offset=*/{0, 0}, algorithm, keep_weight, /*save_pre_activation=*/false);
+    };
+    if (!linear_) return call(x, loc, rho);
+    Tensors4 out = call(x.reshape({x.size(0), x.size(1), 1, 1}), as_filter(loc), as_filter(rho));
+    std::get<0>(out) = at::_unsafe_view(std::get<0>(out), {x.size(0), loc.size(0)});
+    return out;
+  }
+
+  static at::Tensor as_filter(const at::Tensor& matrix) { return matrix.unsqueeze(-1).unsqueeze(-1); }
+
+  // As noise.draw_seed() draws it.
+  static at::Tensor drawn_seed(const at::Tensor& x) {
+    constexpr auto kLow = std::numeric_limits<int64_t>::min(), kHigh = std::numeric_limits<int64_t>::max();
+    return at::randint(kLow, kHigh, {2}, std::optional<at::Generator>(), x.options().dtype(at::kLong));
+  }
+
+  std::array<double, 4> prior_;
+  double scale_floor_;
+  std::array<int64_t, 2> stride_;
+  std::array<int64_t, 4> padding_;
+  std::array<int64_t, 2> dilation_;
+  int64_t groups_, activation_;
+  double activation_param_;
+  bool linear_, cuda_;
+};
+
+}  // namespace
+
+void define_layer_call(py::module_& m) {
+  py::class_<LayerCall>(m, "LayerCall", "The constant arguments of a layer's calls.")
+      .def(py::init<std::array<double, 4>, double, std::array<int64_t, 2>, std::array<int64_t, 4>,
+                    std::array<int64_t, 2>, int64_t, int64_t, double, bool, bool>(),
+           py::kw_only(), py::arg("prior"), py::arg("scale_floor"), py::arg("stride"), py::arg("padding"),
+           py::arg("dilation"), py::arg("groups"), py::arg("activation"), py::arg("activation_param"),
+           py::arg("linear"), py::arg("cuda"))
+      .def("__call__", &LayerCall::call, "The output, (output, KL), or None: this call goes the long way.");
+}
+
+}  // namespace fbc

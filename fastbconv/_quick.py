@@ -1,0 +1,121 @@
+"""The short way of a layer's call: one C++ function for what Python checks and passes on otherwise.
+
+For a small layer the arguments cost more than the convolution. The short way serves the common call
+(one draw, float parameters, a seed tensor or none, a KL against a normal prior of two numbers) and
+computes what the long way does, bit for bit; ``csrc/bindings/layer_call.cpp`` checks that a call is
+one. Everything else goes the long way: contexts that set means, seeds or groups, estimators,
+tracing, transforms, parametrized parameters, and what does not fit, whose errors are raised there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _arguments, _native, activations, kl, noise, ops, selection
+
+_NAMES = frozenset(("weight", "weight_rho", "bias", "bias_rho"))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The constant arguments of a layer, parsed.
+
+    Attributes:
+        key: what they were made from.
+        call: the C++ function; None: this layer always goes the long way.
+        has_kl: whether the function knows the KL.
+    """
+
+    key: tuple[Any, ...]
+    call: Any
+    has_kl: bool
+
+
+def quick_call(
+    layer: nn.Module, input: Tensor, seed: int | Tensor | None, geometry: tuple[Any, ...] | None
+) -> Tensor | None:
+    """The output of one pass, or None: this call goes the long way.
+
+    Args:
+        layer: a BayesLayer.
+        input: of the call.
+        seed: of the call.
+        geometry: (stride, padding, dilation, groups) of a two-dimensional convolution with zeros
+            around the image; None: a linear layer.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    context, parameters = layer._fb_context, layer._parameters
+    if context is not None and (context.mode is not None or context.group is not None):
+        return None
+    if layer._means_by_itself or layer._samples_prior or isinstance(seed, int):
+        return None
+    if not parameters.keys() >= _NAMES or selection.CHOICE.name == "reference":
+        return None  # a parametrized or pruned tensor is no parameter
+    weight, bias = parameters["weight"], parameters["bias"]
+    rho, bias_rho = parameters["weight_rho"], parameters["bias_rho"]
+    own = (layer.activation, layer.estimator, layer._prior, weight.dtype, weight.shape)
+    prepared, key = layer._prepared, own if geometry is None else geometry + own
+    if prepared is None or prepared.key != key:
+        prepared = layer._prepared = _prepare(layer, key, geometry)
+    with_kl = context is not None
+    if prepared.call is None or (with_kl and not prepared.has_kl):
+        return None
+    output = prepared.call(
+        input,
+        weight,
+        rho,
+        bias,
+        bias_rho,
+        seed,
+        with_kl,
+        0 if seed is not None else noise.rank_offset(),
+        selection.ALGORITHM_ID[selection.CHOICE.name],
+        selection.CHOICE.keep_weight,
+    )
+    if output is None or not with_kl:
+        return output
+    context.record(output[1])
+    return output[0]
+
+
+def _prepare(layer: nn.Module, key: tuple[Any, ...], geometry: tuple[Any, ...] | None) -> Prepared:
+    """Parses the constant arguments of a layer."""
+    resolved = activations.resolve(layer.activation)
+    plain = layer.estimator == "reparameterization" and resolved.fn is None
+    stride, padding, dilation, groups = geometry or ((1, 1), (0, 0), (1, 1), 1)
+    pads = _fixed_padding(padding, layer, stride, dilation) if geometry else (0, 0, 0, 0)
+    if not plain or pads is None or not ops.available():
+        return Prepared(key, None, False)
+    prior = layer._prior
+    numbers = isinstance(prior, kl.NormalPrior) and all(
+        isinstance(part, float) for part in (prior.loc, prior.scale)
+    )
+    call = _native.load().LayerCall(
+        prior=(prior.loc, prior.scale) * 2 if numbers else (0.0, 1.0, 0.0, 1.0),
+        scale_floor=kl.default_scale_floor(layer.weight.dtype),
+        stride=stride,
+        padding=pads,
+        dilation=dilation,
+        groups=groups,
+        activation=resolved.id,
+        activation_param=resolved.param,
+        linear=geometry is None,
+        cuda=ops.cuda(),
+    )
+    return Prepared(key, call, numbers)
+
+
+def _fixed_padding(
+    padding: Any, layer: nn.Module, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, ...] | None:
+    """Top, bottom, left, right; None where they depend on the image ('same' with a stride)."""
+    form = _arguments.padding_form(padding)
+    if form == "same" and stride != (1, 1):
+        return None
+    filter = tuple(layer.weight.shape[2:])
+    return _arguments.resolve_padding(form, filter, filter, stride, dilation)
