@@ -3,7 +3,7 @@ spatial axes, every estimator, any device.
 
 This is the definition of Flipout and of local reparameterisation that the kernels are compared
 with, and what serves where there is no kernel: three-dimensional and transposed convolutions, CUDA,
-no native library. Autograd sees every step, so that drawn weights and signed inputs are saved for backward.
+no native library. Autograd sees every step: drawn weights and signed inputs are saved for backward.
 """
 
 from __future__ import annotations
