@@ -75,10 +75,10 @@ class BayesConvNd(BayesLayer, _ConvNd):
         none, once = (0,) * self.rank, (1,) * self.rank
         if self.padding not in (none, "valid"):
             text += f", padding={self.padding!r}"
-        if self.output_padding != none:
-            text += f", output_padding={self.output_padding}"
         if self.dilation != once:
             text += f", dilation={self.dilation}"
+        if self.output_padding != none:
+            text += f", output_padding={self.output_padding}"
         if self.groups != 1:
             text += f", groups={self.groups}"
         if self.bias is None:
