@@ -257,6 +257,28 @@ def test_layout_autocast_and_empty_batch(estimator: str) -> None:
     assert data.ours(*on_meta, estimator=estimator).shape == want.shape
 
 
+def test_compile_with_dynamic_shapes() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        bayes_conv_transpose2d, dynamic=True, fullgraph=True, backend="aot_eager"
+    )
+    weight = torch.randn(3, 4, 3, 3)
+    geometry = {"stride": 2, "padding": 1, "output_padding": 1}
+    for extent in (5, 8):
+        x = torch.randn(2, 3, extent, extent + 1)
+        got = compiled(x, weight, weight - 2, seed=SEED, **geometry)
+        want = bayes_conv_transpose2d(x, weight, weight - 2, seed=SEED, **geometry)
+        assert_close(got, want, 1e-5, 1e-6)
+
+
+def test_compile_of_a_layer_with_an_output_size() -> None:
+    torch._dynamo.reset()
+    layer = fb.BayesConvTranspose2d(3, 4, 3, 2, 1)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 5, 6)
+    assert_close(compiled(x, (10, 12), SEED), layer(x, (10, 12), SEED), 1e-5, 1e-6)
+
+
 def test_it_is_the_adjoint_of_the_convolution_with_the_same_weight() -> None:
     """<conv(y, w), x> = <y, conv_transpose(x, w)>, with one draw of w."""
     x, y = torch.randn(2, 4, 5, 5).double(), torch.randn(2, 8, 11, 11).double()

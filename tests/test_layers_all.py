@@ -96,6 +96,20 @@ def test_16_bit_inputs_and_autocast(name: str, estimator: str) -> None:
     assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
 
 
+@each_layer
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_layers_of_another_dtype(name: str, dtype: torch.dtype) -> None:
+    layer = _layer(name)
+    x = _input(name)
+    want = layer(x, seed=SEED)
+    layer.to(dtype)
+    with torch.no_grad():
+        got = layer(x.to(dtype), seed=SEED)
+        assert layer.kl_loss().isfinite()
+    assert got.dtype == dtype
+    assert_close(got, want, 0.1, 0.1)
+
+
 @pytest.mark.parametrize("name", ["BayesConv2d", "BayesConv3d", "BayesConvTranspose2d"])
 @each_estimator
 def test_channels_last(name: str, estimator: str) -> None:
@@ -214,6 +228,14 @@ def test_vmap_over_seeds(name: str, estimator: str) -> None:
 
     batched = torch.func.vmap(run)(seeds)
     assert_close(batched, torch.stack([layer(x, seed=seed) for seed in seeds]), 1e-5, 1e-5)
+
+
+@each_layer
+def test_a_device_set_around_the_construction(name: str) -> None:
+    with torch.device("meta"):
+        layer = getattr(fb, name)(*LAYERS[name][0], bayesian_bias=True)
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    assert layer(_input(name, device="meta")).is_meta
 
 
 @each_layer

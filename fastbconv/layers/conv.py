@@ -83,8 +83,7 @@ class _BayesConv(BayesConvNd):
         Returns:
             The output; its rows are num_samples * N with ``share_input``, else N.
         """
-        input, *geometry = self._geometry_of(input)
-        names = ("stride", "padding", "dilation", "groups")
+        input, padding = self._padded(input)
         return self._call(
             self.function,
             input,
@@ -92,15 +91,17 @@ class _BayesConv(BayesConvNd):
             generator,
             num_samples,
             share_input,
-            **dict(zip(names, geometry, strict=True)),
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
         )
 
-    def _geometry_of(self, input: Tensor) -> tuple[Any, ...]:
-        """What is convolved, and its stride, padding, dilation and groups."""
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input, padding = self._pad(input), 0
-        return input, self.stride, padding, self.dilation, self.groups
+    def _padded(self, input: Tensor) -> tuple[Tensor, _arguments.PaddingLike]:
+        """What is convolved, and with which zeros around it."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        return self._pad(input), 0
 
     def _pad(self, input: Tensor) -> Tensor:
         """Padding with values of the image instead of zeros."""
@@ -243,7 +244,8 @@ class BayesConv2d(_BayesConv):
 
     def _convolution_of(self, input: Tensor) -> tuple[Any, ...]:
         """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
-        input, *geometry = self._geometry_of(input)
+        input, padding = self._padded(input)
+        geometry = (self.stride, padding, self.dilation, self.groups)
         return input, self.weight, *geometry, self.estimator
 
 

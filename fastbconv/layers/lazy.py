@@ -61,11 +61,9 @@ class _Lazy(LazyModuleMixin):
         channels, weight_shape, filters = self._infer(_arguments.tensor("input", input))
         if channels == 0:
             raise ValueError(f"input: expected at least one channel, got {tuple(input.shape)}")
-        posterior = {name: getattr(self, name) for name in ("weight", "weight_rho")}
-        shapes = dict.fromkeys(posterior, weight_shape)
-        for name in ("bias", "bias_rho"):
-            if getattr(self, name) is not None:
-                posterior[name], shapes[name] = getattr(self, name), (filters,)
+        named = {name: getattr(self, name) for name in ("weight", "weight_rho", "bias", "bias_rho")}
+        posterior = {name: value for name, value in named.items() if value is not None}
+        shapes = {name: (filters,) if "bias" in name else weight_shape for name in posterior}
         self._check_shapes(posterior, shapes)
         setattr(self, self.inferred, channels)
         loaded = {}
