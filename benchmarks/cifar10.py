@@ -1,4 +1,4 @@
-"""A Bayesian network against the deterministic one, trained alike: mean and standard error over seeds.
+"""A Bayesian network against the deterministic one, trained alike: means over seeds.
 
     python benchmarks/cifar10.py --data PATH [--seeds 5] [--epochs 10] [-- arguments of train]
 

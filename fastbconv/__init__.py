@@ -5,7 +5,15 @@ from ._native import FastbconvBuildError, build_info
 from ._version import __version__
 from .grouped import grouped
 from .kl import ScaleMixture
-from .layers.conv import BayesConv2d
+from .layers.conv import BayesConv1d, BayesConv2d, BayesConv3d
+from .layers.conv_transpose import BayesConvTranspose2d
+from .layers.lazy import (
+    LazyBayesConv1d,
+    LazyBayesConv2d,
+    LazyBayesConv3d,
+    LazyBayesConvTranspose2d,
+    LazyBayesLinear,
+)
 from .layers.linear import BayesLinear
 from .layers.tfp import (
     ChannelsLast,
@@ -42,7 +50,10 @@ from .models import (
 from .selection import algorithm, explain
 
 __all__ = [
+    "BayesConv1d",
     "BayesConv2d",
+    "BayesConv3d",
+    "BayesConvTranspose2d",
     "BayesLinear",
     "ChannelsLast",
     "Convolution1DFlipout",
@@ -58,6 +69,11 @@ __all__ = [
     "DenseLocalReparameterization",
     "DenseReparameterization",
     "FastbconvBuildError",
+    "LazyBayesConv1d",
+    "LazyBayesConv2d",
+    "LazyBayesConv3d",
+    "LazyBayesConvTranspose2d",
+    "LazyBayesLinear",
     "ScaleMixture",
     "__version__",
     "activations",

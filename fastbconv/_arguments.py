@@ -16,6 +16,7 @@ Padding = Literal["same"] | tuple[int, ...]
 # By the number of spatial axes.
 IMAGE: Final = {1: "C, L", 2: "C, H, W", 3: "C, D, H, W"}
 FILTER: Final = {1: "K, C / groups, S", 2: "K, C / groups, R, S", 3: "K, C / groups, T, R, S"}
+TRANSPOSED_FILTER: Final = "C, K / groups, R, S"
 SIDES: Final = {
     1: "((left, right),)",
     2: "((top, bottom), (left, right))",
@@ -280,24 +281,30 @@ def conv_tensors(
     bias_rho: Tensor | None,
     groups: int,
     rank: int = 2,
+    transposed: bool = False,
 ) -> None:
     """Checks the tensors of a convolution with ``rank`` spatial axes, the input with its batch."""
     posterior("weight", weight, weight_rho, input)
     groups = integer("groups", groups, 1)
     if weight.ndim != rank + 2:
-        raise ValueError(f"weight: expected shape ({FILTER[rank]}), got {tuple(weight.shape)}")
+        expected = TRANSPOSED_FILTER if transposed else FILTER[rank]
+        raise ValueError(f"weight: expected shape ({expected}), got {tuple(weight.shape)}")
     if 0 in weight.shape:
         raise ValueError(f"weight: expected no empty dimension, got {tuple(weight.shape)}")
     if weight.shape[0] % groups != 0:
+        side = "input" if transposed else "output"
         raise ValueError(
-            f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}"
+            f"groups: expected a divisor of the {weight.shape[0]} {side} channels, got {groups}"
         )
-    if input.shape[1] != weight.shape[1] * groups:
+    filters, channels = weight.shape[0], weight.shape[1] * groups
+    if transposed:
+        filters, channels = channels, filters
+    if input.shape[1] != channels:
         raise ValueError(
-            f"input: expected {weight.shape[1] * groups} channels (weight {tuple(weight.shape)}, "
+            f"input: expected {channels} channels (weight {tuple(weight.shape)}, "
             f"groups {groups}), got {input.shape[1]}"
         )
-    _check_bias(weight, bias, bias_rho, input)
+    _check_bias(weight, bias, bias_rho, input, filters)
 
 
 def linear_tensors(
@@ -316,18 +323,18 @@ def linear_tensors(
         raise ValueError(
             f"input: expected shape (..., {weight.shape[1]}), got {tuple(input.shape)}"
         )
-    _check_bias(weight, bias, bias_rho, input)
+    _check_bias(weight, bias, bias_rho, input, weight.shape[0])
 
 
 def _check_bias(
-    weight: Tensor, bias: Tensor | None, bias_rho: Tensor | None, input: Tensor
+    weight: Tensor, bias: Tensor | None, bias_rho: Tensor | None, input: Tensor, filters: int
 ) -> None:
     if bias is None:
         if bias_rho is not None:
             raise ValueError("bias_rho: expected None without a bias, got a tensor")
         return
     posterior("bias", bias, bias_rho, input)
-    shape("bias", bias, (weight.shape[0],))
+    shape("bias", bias, (filters,))
     if bias.dtype != wide_dtype(weight.dtype) and bias.dtype != weight.dtype:
         raise TypeError(f"bias: expected {weight.dtype} of the weight, got {bias.dtype}")
 

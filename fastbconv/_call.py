@@ -29,7 +29,10 @@ def run(
     row_offset: int,
     **convolution: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Checked arguments -> output and KL, by an operator, the reference or the composite."""
+    """Checked arguments -> output and KL, by an operator, the reference or the composite.
+
+    ``convolution``: stride, padding, dilation, groups; with output_padding a transposed one.
+    """
     _arguments.integer("num_samples", num_samples, 1)
     row_offset = _arguments.row_offset(row_offset)
     element_offset = _arguments.element_offsets(element_offset)
@@ -48,7 +51,8 @@ def run(
     weight_numbers, weight_tensors = split_prior(wanted[0], weight, "prior")
     bias_numbers, bias_tensors = split_prior(wanted[1], bias, "bias_prior")
     estimator = estimator if weight_rho is not None else 0  # a point mass has one
-    operator, options = _operator(input, estimator, row_offset)
+    plane = input.ndim == 4 and "output_padding" not in convolution
+    operator, options = _operator(input, plane, estimator, row_offset)
     output, total, _, _ = operator(
         input,
         weight,
@@ -85,20 +89,20 @@ def run(
 
 
 def _operator(
-    input: Tensor, estimator: int, row_offset: int
+    input: Tensor, plane: bool, estimator: int, row_offset: int
 ) -> tuple[Callable[..., tuple[Tensor, ...]], dict[str, Any]]:
     """What computes the call, and the options that only it has.
 
-    One and two dimensions have operators of their own, those of Flipout and local
-    reparameterisation on CPUs; everything else is composed.
+    One and two dimensions (``plane``) have operators of their own, those of Flipout and local
+    reparameterisation on CPUs; everything else, transposed ones too, is composed.
     """
     own = backend(input)
-    if input.ndim == 4 and not estimator:
+    if plane and not estimator:
         return own.bconv2d, {"keep_weight": selection.CHOICE.keep_weight}
     options = {"estimator": estimator, "row_offset": row_offset}
     if own is reference:
         return _composite.bind(own), options
-    has_kernel = input.ndim == 4 and ops.has_kernel("bconv2d_affine", input.device.type)
+    has_kernel = plane and ops.has_kernel("bconv2d_affine", input.device.type)
     if has_kernel and selection.CHOICE.name != "library":
         return own.bconv2d_affine, options
     selection.check_composed(input)

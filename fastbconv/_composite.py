@@ -2,8 +2,8 @@
 spatial axes, every estimator, any device.
 
 This is the definition of Flipout and of local reparameterisation that the kernels are compared
-with, and what serves where there is no kernel: three-dimensional convolutions, CUDA, no native
-library. Autograd sees every step, so that drawn weights and signed inputs are saved for backward.
+with, and what serves where there is no kernel: three-dimensional and transposed convolutions, CUDA,
+no native library. Autograd sees every step: drawn weights and signed inputs are saved for backward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from . import activations, estimators, kl, noise, reference
-from ._library import convolve, in_memory_format, outside_autocast, suggested_memory_format
+from ._library import (
+    convolve,
+    convolve_transposed,
+    in_memory_format,
+    outside_autocast,
+    suggested_memory_format,
+)
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -26,6 +32,7 @@ def bind(own: ModuleType) -> Callable[..., Outputs]:
     """The composition with the sampling functions of ``own``: ``ops`` or ``reference``.
 
     The result has the arguments of the operator bconv2d_affine, for any rank, and estimator 0 too.
+    ``output_padding`` makes the convolution a transposed one, with one padding for each axis.
     It returns output, KL, pre-activation, and the deviation of local's pre-activation.
     """
 
@@ -156,8 +163,11 @@ class _Call:
 
     def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
         o = self.options
-        geometry = (o["stride"], o["padding"], o["dilation"], o["groups"])
-        return convolve(x, weight, None, *geometry)
+        geometry = (o["dilation"], o["groups"])
+        if "output_padding" in o:
+            paddings = (o["padding"], o["output_padding"])
+            return convolve_transposed(x, weight, o["stride"], *paddings, *geometry)
+        return convolve(x, weight, None, o["stride"], o["padding"], *geometry)
 
     def _moments(self, x: Tensor, weights: Any) -> tuple[Tensor | None, Tensor | None]:
         """What no draw changes: Flipout's product with loc; mean and deviation of local's z."""

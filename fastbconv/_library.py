@@ -42,6 +42,22 @@ def convolve(
     return function(x, weight, bias, tuple(stride), pad, tuple(dilation), groups)
 
 
+def convolve_transposed(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The library's transposed convolution with two spatial axes, of a checked problem."""
+    if x.dtype == torch.float64:  # as in convolve
+        x, weight = x.contiguous(), weight.contiguous()
+    geometry = (tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
+    return F.conv_transpose2d(x, weight, None, *geometry)
+
+
 @contextmanager
 def outside_autocast(input: Tensor) -> Iterator[torch.dtype]:
     """Yields the dtype to compute in; inside, autocast is off: parameters and KL stay float32."""

@@ -121,8 +121,9 @@ def check_composed(input: Tensor) -> None:
     """
     if CHOICE.name in ("direct", "winograd2", "winograd4"):
         raise NotImplementedError(
-            "algorithm: expected 'auto', 'library' or 'reference' for a three-dimensional "
-            f"convolution and for Flipout and local reparameterisation on CUDA, got {CHOICE.name!r}"
+            "algorithm: expected 'auto', 'library' or 'reference' for a three-dimensional or "
+            "transposed convolution, and for Flipout and local reparameterisation on CUDA, got "
+            f"{CHOICE.name!r}"
         )
     on_cpu = input.device.type == "cpu"
     if CHOICE.name == "library" and on_cpu and torch.are_deterministic_algorithms_enabled():

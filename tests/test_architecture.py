@@ -50,8 +50,8 @@ ALLOWED = {
     "_call": "_arguments _composite activations kl noise ops reference selection",
     "_quick": "_arguments _native activations kl noise ops selection",
     "functional": "_arguments _call activations estimators functional kl noise reference",
-    "layers": "_arguments _call _library _quick activations constraints contexts estimators functional"
-    " initializers kl layers noise regularizers",
+    "layers": "_arguments _call _library _quick activations constraints contexts estimators"
+    " functional initializers kl layers noise regularizers",
     "grouped": "_arguments _call contexts layers models noise",
     "models": "_arguments contexts functional kl layers noise",
     "keras_weights": "keras_weights models",  # h5py and tensorflow inside functions only

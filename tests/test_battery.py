@@ -27,29 +27,44 @@ SEED = torch.tensor([0x243F6A8885A308D3, 7])
 Made = tuple[nn.Module, Tensor]
 
 
+# Arguments and shape of the input.
+SAME = {"kernel_size": 2, "padding": "same", "stride": 2}
+TORCH_FACE: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "BayesLinear": ({}, (5, 3)),
+    "BayesConv1d": (SAME, (3, 3, 7)),
+    "BayesConv2d": (SAME, (3, 3, 6, 5)),
+    "BayesConv3d": (SAME, (2, 3, 4, 3, 5)),
+    "BayesConvTranspose2d": (
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+        (3, 3, 4, 3),
+    ),
+}
+
+
 def _tfp_layer(name: str, dtype: torch.dtype, activation: str) -> Made:
     return tfp_layers.built(name, dtype=dtype, activation=activation, **tfp_layers.RANDOM_BIAS)
 
 
 def _torch_layer(kind: str, estimator: str, dtype: torch.dtype, activation: str) -> Made:
     options = {"bayesian_bias": True, "activation": activation, "dtype": dtype}
-    if kind == "BayesLinear":
-        return fb.BayesLinear(3, 4, estimator=estimator, **options), torch.randn(5, 3, dtype=dtype)
-    layer = fb.BayesConv2d(3, 4, 2, padding="same", stride=2, estimator=estimator, **options)
-    return layer, torch.randn(3, 3, 6, 5, dtype=dtype)
+    arguments, shape = TORCH_FACE[kind]
+    layer = getattr(fb, kind)(3, 4, estimator=estimator, **arguments, **options)
+    return layer, torch.randn(shape, dtype=dtype)
 
 
 def _makers() -> dict[str, Callable[[torch.dtype, str], Made]]:
     made: dict[str, Callable[[torch.dtype, str], Made]] = {}
     for name in tfp_layers.NAMES:
         made[name] = functools.partial(_tfp_layer, name)
-    for kind in ("BayesConv2d", "BayesLinear"):
+    for kind in TORCH_FACE:
         for estimator in estimators.ESTIMATOR_ID:
             made[f"{kind}-{estimator}"] = functools.partial(_torch_layer, kind, estimator)
     return made
 
 
 MAKERS = _makers()
+# Layers whose convolution is the library's.
+COMPOSED = {name for name in MAKERS if "3d" in name.lower() or "Transpose" in name}
 each_layer = pytest.mark.parametrize("name", MAKERS)
 
 
@@ -133,16 +148,16 @@ def test_opcheck_of_its_operators(name: str) -> None:
 
 @each_layer
 def test_same_bits_for_any_number_of_threads_and_twice(name: str) -> None:
-    """By our kernels; the library's convolution, which "3D" uses, promises the same bits twice."""
+    """By our kernels; the library's convolution promises the same bits twice."""
     layer, x = make(name)
-    with fb.algorithm("auto" if "3D" in name else "direct"):
+    with fb.algorithm("auto" if name in COMPOSED else "direct"):
         torch.set_num_threads(1)
         want = step(layer, x)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             got = step(layer, x)
             assert_same(step(layer, x), got)
-            if "3D" not in name:
+            if name not in COMPOSED:
                 assert_same(got, want)
 
 
@@ -191,8 +206,9 @@ def test_compiles_in_one_graph(name: str) -> None:
     compiled = torch.compile(layer, fullgraph=True)
     for seed in (SEED, SEED + 1):
         got, drawn = compiled(x, seed=seed), layer(x, seed=seed)
-        # The compiler may contract what 3D layers compose of PyTorch's operators.
-        assert (got - drawn).abs().max() <= (1e-6 if "3D" in name else 0.0) * drawn.abs().max()
+        # The compiler may contract what is composed of PyTorch's operators.
+        bound = 1e-6 if name in COMPOSED else 0.0
+        assert (got - drawn).abs().max() <= bound * drawn.abs().max()
     want = step(layer, x)
     x = x.detach().requires_grad_()
     layer.zero_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import distributions, nn
@@ -25,6 +27,18 @@ def linear(**options: object) -> object:
     """bayes_linear with good defaults."""
     good = {"input": torch.zeros(4, 6), "weight": torch.zeros(3, 6), "weight_rho": None}
     return fb.functional.bayes_linear(**{**good, **options})
+
+
+def transposed(**options: object) -> object:
+    """bayes_conv_transpose2d with good defaults: 4 channels, 6 filters for each group."""
+    good = {"input": X[:, :4], "weight": W, "weight_rho": W}
+    return fb.functional.bayes_conv_transpose2d(**{**good, **options})
+
+
+def direct(call: Callable[[], object]) -> object:
+    """A call with our kernels asked for."""
+    with fb.algorithm("direct"):
+        return call()
 
 
 def layer(**options: object) -> object:
@@ -248,6 +262,68 @@ CASES = {
         lambda: fb.BayesLinear(0, 3),
         ValueError,
         ["in_features", "positive integer", "0"],
+    ),
+    "layer rank": (
+        lambda: fb.BayesConv3d(4, 4, (3, 3)),
+        ValueError,
+        ["kernel_size", "3 of them", "(3, 3)"],
+    ),
+    "layer padding sides": (
+        lambda: fb.BayesConv1d(4, 4, 3, padding=((1, 0), (1, 0))),
+        ValueError,
+        ["padding", "((left, right),)", "((1, 0), (1, 0))"],
+    ),
+    "padded input rank": (
+        lambda: fb.BayesConv1d(4, 4, 3, padding=1, padding_mode="reflect")(X),
+        ValueError,
+        ["input", "(N, C, L) or (C, L)", "(4, 6, 8, 8)"],
+    ),
+    # transposed convolutions
+    "transposed weight rank": (
+        lambda: transposed(weight=W[0], weight_rho=None),
+        ValueError,
+        ["weight", "(C, K / groups, R, S)", "(6, 3, 3)"],
+    ),
+    "transposed channels": (lambda: transposed(input=X), ValueError, ["input", "4 channels", "6"]),
+    "transposed groups": (
+        lambda: transposed(groups=3),
+        ValueError,
+        ["groups", "4 input channels", "3"],
+    ),
+    "transposed bias": (
+        lambda: transposed(bias=B, groups=2),
+        ValueError,
+        ["bias", "(12,)", "(4,)"],
+    ),
+    "transposed padding": (
+        lambda: transposed(padding="same"),
+        TypeError,
+        ["padding", "integer", "'same'"],
+    ),
+    "transposed padding of everything": (
+        lambda: transposed(padding=5),
+        ValueError,
+        ["padding", "leaves an output", "(5, 5)", "(0, 0)"],
+    ),
+    "output padding": (
+        lambda: transposed(stride=2, output_padding=(1, 2)),
+        ValueError,
+        ["output_padding", "at most 1", "got 2"],
+    ),
+    "transposed pixels": (
+        lambda: transposed(input=X[:, :4, :0]),
+        ValueError,
+        ["input", "pixels", "(4, 4, 0, 8)"],
+    ),
+    "transposed padding mode": (
+        lambda: fb.BayesConvTranspose2d(4, 4, 3, padding_mode="reflect"),
+        ValueError,
+        ["padding_mode", "'zeros'", "'reflect'"],
+    ),
+    "transposed kernel": (
+        lambda: direct(transposed),
+        NotImplementedError,
+        ["algorithm", "'library'", "transposed", "'direct'"],
     ),
     # models
     "n_data": (lambda: fb.kl_loss(nn.Linear(1, 1), 0), ValueError, ["n_data", "positive", "0"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import io
 import math
 import pickle
@@ -27,19 +26,7 @@ def _image() -> torch.Tensor:
     return torch.randn(2, 3, 9, 8)
 
 
-# --- signature and parameters ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("ours", "torchs"), [(fb.BayesConv2d, nn.Conv2d), (fb.BayesLinear, nn.Linear)]
-)
-def test_positional_arguments_are_torchs(ours, torchs) -> None:
-    own = list(inspect.signature(ours).parameters.values())
-    theirs = list(inspect.signature(torchs).parameters.values())
-    assert [(p.name, p.default) for p in own[: len(theirs)]] == [
-        (p.name, p.default) for p in theirs
-    ]
-    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in own[len(theirs) :])
+# --- parameters ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from fastbconv import _arguments, _call, activations, estimators, functional, noise
 from fastbconv import kl as _kl
@@ -64,15 +65,16 @@ class BayesLayer(nn.Module):
 
     def _init_posterior(self, prior: _kl.PriorLike, bayesian_bias: bool) -> None:
         """Adds the scales and the prior, and gives them their first values."""
-        self.weight_rho = nn.Parameter(torch.empty_like(self.weight))
+        self.weight_rho = _parameter_like(self.weight)
         if bayesian_bias and self.bias is None:
             raise ValueError("bayesian_bias: expected False with bias=False, got True")
         if bayesian_bias:
-            self.bias_rho = nn.Parameter(torch.empty_like(self.bias))
+            self.bias_rho = _parameter_like(self.bias)
         else:
             self.register_parameter("bias_rho", None)
         self._init_prior(prior, bayesian_bias)
-        self._reset_rho()
+        if not is_lazy(self.weight):
+            self._reset_rho()
 
     def _init_prior(self, prior: _kl.PriorLike, bayesian_bias: bool) -> None:
         """Floats stay attributes, tensors become buffers (saved), Parameters are trained."""
@@ -97,7 +99,8 @@ class BayesLayer(nn.Module):
         )
 
     def _check_prior_tensor(self, part: str, value: Tensor, bayesian_bias: bool) -> None:
-        _arguments.prior_shape(f"prior {part}", value, self.weight)
+        if not is_lazy(self.weight):
+            _arguments.prior_shape(f"prior {part}", value, self.weight)
         if bayesian_bias and value.numel() != 1:
             raise ValueError(
                 f"prior {part}: expected a number or one element with bayesian_bias=True, since it "
@@ -309,6 +312,13 @@ class BayesLayer(nn.Module):
         if self.eval_mode != "sample":
             text += f", eval_mode={self.eval_mode!r}"
         return text
+
+
+def _parameter_like(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter of that shape, dtype and device; of no shape yet where that has none."""
+    if is_lazy(parameter):
+        return UninitializedParameter(device=parameter.device, dtype=parameter.dtype)
+    return nn.Parameter(torch.empty_like(parameter))
 
 
 def _rank_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastbconv import _arguments, functional
 from fastbconv._quick import quick_call
@@ -68,7 +69,8 @@ class BayesLinear(BayesLayer, nn.Linear):
         estimator: Estimator = "reparameterization",
         eval_mode: EvalMode = "sample",
     ) -> None:
-        in_features = _arguments.integer("in_features", in_features, 1)
+        least = 0 if isinstance(self, LazyModuleMixin) else 1  # 0: not known yet
+        in_features = _arguments.integer("in_features", in_features, least)
         out_features = _arguments.integer("out_features", out_features, 1)
         if dtype is not None and dtype not in _arguments.FLOATING:
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
