@@ -3,6 +3,8 @@
 from . import activations, constraints, functional, initializers, noise, regularizers
 from ._native import FastbconvBuildError, build_info
 from ._version import __version__
+from .convert import convert
+from .deterministic import to_deterministic
 from .grouped import grouped
 from .kl import ScaleMixture
 from .layers.conv import BayesConv2d
@@ -67,6 +69,7 @@ __all__ = [
     "build_info",
     "collect_kl",
     "constraints",
+    "convert",
     "default_loc_scale_fn",
     "default_mean_field_normal_fn",
     "default_multivariate_normal_fn",
@@ -85,4 +88,5 @@ __all__ = [
     "register_function",
     "regularization_loss",
     "regularizers",
+    "to_deterministic",
 ]

@@ -53,6 +53,9 @@ ALLOWED = {
     " initializers kl layers noise regularizers",
     "grouped": "_arguments _call contexts layers models noise",
     "models": "_arguments contexts functional kl layers noise",
+    "_surgery": "layers",  # a layer becomes its counterpart
+    "convert": "_surgery estimators kl layers",
+    "deterministic": "_surgery activations layers",
     "keras_weights": "keras_weights models",  # h5py and tensorflow inside functions only
     "testing": "reference noise kl activations",
     "train": "__init__ _version train functional kl layers models noise",
