@@ -33,6 +33,7 @@ from .layers.tfp import (
 )
 from .models import (
     build,
+    check_optimizer,
     collect_kl,
     fixed_sample,
     kl_loss,
@@ -41,7 +42,9 @@ from .models import (
     param_groups,
     regularization_loss,
 )
+from .prune import prune
 from .selection import algorithm, explain
+from .summary import summary
 
 __all__ = [
     "BayesConv2d",
@@ -67,6 +70,7 @@ __all__ = [
     "apply_constraints",
     "build",
     "build_info",
+    "check_optimizer",
     "collect_kl",
     "constraints",
     "convert",
@@ -85,8 +89,10 @@ __all__ = [
     "param_groups",
     "posterior_mean",
     "posterior_sample",
+    "prune",
     "register_function",
     "regularization_loss",
     "regularizers",
+    "summary",
     "to_deterministic",
 ]

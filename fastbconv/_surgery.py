@@ -31,8 +31,8 @@ Selectors = Selector | Sequence[Selector] | None
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def checked(model: Any, inplace: bool) -> nn.Module:
-    """``model`` itself, or a copy of it.
+def check_model(model: Any) -> None:
+    """Raises where layers cannot be changed.
 
     Raises:
         TypeError: no module.
@@ -45,7 +45,22 @@ def checked(model: Any, inplace: bool) -> nn.Module:
             "model: expected the module inside, got DistributedDataParallel, whose gradient "
             "buckets are made; use model.module, and wrap the result"
         )
-    return model if inplace else copy.deepcopy(model)
+
+
+def subject(model: nn.Module, inplace: bool) -> nn.Module:
+    """``model`` itself, or a copy of it.
+
+    Raises:
+        ValueError: a model that cannot be copied.
+    """
+    if inplace:
+        return model
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # a module that holds computed tensors
+        raise ValueError(
+            f"model: expected one that copy.deepcopy copies; inplace=True needs no copy: {error}"
+        ) from error
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -99,7 +114,7 @@ class Selection:
 
     Raises:
         TypeError: a selector of another kind.
-        ValueError: a name pattern that no module has: a typing error would convert the wrong layers.
+        ValueError: a name pattern that no module has.
     """
 
     def __init__(self, model: nn.Module, include: Selectors, exclude: Selectors) -> None:

@@ -21,10 +21,11 @@ from ._surgery import (
     Selection,
     Selectors,
     ancestors,
-    checked,
+    check_model,
     names_of,
     plain_attributes,
     shown,
+    subject,
     twin,
 )
 from .estimators import Estimator
@@ -109,8 +110,8 @@ def convert(
             layers), a ScaleMixture, a module; or a function of (name, layer) that returns one of
             these for each layer.
         init: "keep", "moped", or moments from elsewhere (SWAG, Laplace, IVON): parameter name ->
-            (loc, scale), or a pair of mappings, of loc and of scale, whose names ``scale``'s decide.
-            Parameters without moments are kept.
+            (loc, scale), or a pair of mappings, of loc and of scale, where the names of the second
+            decide. Parameters without moments are as with "keep".
         delta: relative scale of "moped".
         bayesian_bias: also give biases, where there are some, a posterior.
         estimator: as in BayesConv2d.
@@ -142,11 +143,15 @@ def convert(
           (3): Linear(in_features=288, out_features=10, bias=True)
         )
     """
-    model = checked(model, inplace)
+    check_model(model)
     chosen, left = _choose(model, Selection(model, include, exclude))
+    model = subject(model, inplace)
     options = {"estimator": estimator, "eval_mode": eval_mode}
     factory = _prior_factory(prior)
-    steps = [_step(names, layer, factory, bayesian_bias, options) for names, layer in chosen]
+    steps = [
+        _step(names, model.get_submodule(names[0]), factory, bayesian_bias, options)
+        for names in chosen
+    ]
     moments = _moments(init, delta, steps)
     rho: dict[int, nn.Parameter] = {}  # of each mean: layers that share one share the other
     for step in steps:
@@ -167,10 +172,8 @@ def convert(
 # --- what is converted ----------------------------------------------------------------------------
 
 
-def _choose(
-    model: nn.Module, selection: Selection
-) -> tuple[list[tuple[list[str], nn.Module]], list[str]]:
-    """The layers to convert, with their names, and what is left, in words."""
+def _choose(model: nn.Module, selection: Selection) -> tuple[list[list[str]], list[str]]:
+    """The layers to convert, each by all its names, and what is left, in words."""
     chosen, left = [], []
     modules = dict(model.named_modules(remove_duplicate=False))
     for module, names in names_of(model).items():
@@ -183,7 +186,7 @@ def _choose(
             _check_parameters(names[0], module)
         parent = around[-2] if len(around) > 1 else None
         if type(module) in PAIRS and _is_called(module, names[0], parent):
-            chosen.append((names, module))
+            chosen.append(names)
         elif any(not is_lazy(p) and p.ndim > 1 for p in module.parameters(recurse=False)):
             left.append(f"{shown(names[0])} ({type(module).__name__})")
     if not chosen and not any(getattr(m, "is_bayesian", False) for m in model.modules()):
@@ -250,7 +253,9 @@ def _step(
     prior = factory(names[0], layer)
     bayesian_bias = bayesian_bias and layer.bias is not None
     try:
-        result = twin(PAIRS[type(layer)], layer, prior=prior, bayesian_bias=bayesian_bias, **options)
+        result = twin(
+            PAIRS[type(layer)], layer, prior=prior, bayesian_bias=bayesian_bias, **options
+        )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (converting {shown(names[0])})") from error
     return _Step(names, layer, prior, result)

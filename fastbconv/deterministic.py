@@ -8,7 +8,15 @@ from typing import Final
 from torch import nn
 
 from . import activations
-from ._surgery import COUNTERPART, checked, names_of, plain_attributes, shown, twin
+from ._surgery import (
+    COUNTERPART,
+    check_model,
+    names_of,
+    plain_attributes,
+    shown,
+    subject,
+    twin,
+)
 from .layers._base import BayesLayer
 
 # What a Bayesian layer has registered beside the parameters of its counterpart.
@@ -78,7 +86,8 @@ def to_deterministic(model: nn.Module, *, inplace: bool = False) -> nn.Module:
           )
         )
     """
-    model = checked(model, inplace)
+    check_model(model)
+    model = subject(model, inplace)
     layers = {
         module: names[0]
         for module, names in names_of(model).items()
@@ -105,7 +114,7 @@ def _counterpart(name: str, layer: nn.Module) -> nn.Module:
     if type(layer) not in COUNTERPART:
         raise NotImplementedError(
             f"model: expected Bayesian layers with a counterpart in torch.nn, got {shown(name)} "
-            f"({type(layer).__name__}); with fastbconv.mean_weights(model) it computes with the means"
+            f"({type(layer).__name__}); inside fastbconv.mean_weights(model) it uses its means"
         )
     padding = getattr(layer, "padding", 0)
     if isinstance(padding, tuple) and not all(isinstance(side, int) for side in padding):
