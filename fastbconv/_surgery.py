@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Final, TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .layers._base import BayesLayer
 from .layers.conv import BayesConv2d
@@ -69,6 +70,31 @@ def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         found.setdefault(module, []).append(name)
     return found
+
+
+def bayesian_by_name(model: nn.Module) -> dict[str, Any]:
+    """Each Bayesian layer once, by its first name, in the order of ``model.modules()``.
+
+    Raises:
+        ValueError: a layer without values yet.
+    """
+    found = {
+        names[0]: module
+        for module, names in names_of(model).items()
+        if getattr(module, "is_bayesian", False)
+    }
+    for name, layer in found.items():
+        check_initialised(name, layer)
+    return found
+
+
+def check_initialised(name: str, module: nn.Module) -> None:
+    """Raises where a parameter of the module itself has no shape yet."""
+    if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+        raise ValueError(
+            f"model: expected initialised parameters, got {shown(name)} ({type(module).__name__}) "
+            "before its first call; call fastbconv.build(model, input_shape) first"
+        )
 
 
 def ancestors(name: str) -> list[str]:

@@ -21,6 +21,7 @@ from ._surgery import (
     Selection,
     Selectors,
     ancestors,
+    check_initialised,
     check_model,
     names_of,
     plain_attributes,
@@ -211,16 +212,11 @@ def _is_called(module: nn.Module, name: str, parent: nn.Module | None) -> bool:
 
 def _check_parameters(name: str, module: nn.Module) -> None:
     """Raises where weight or bias are no parameters with values."""
-    kind = type(module).__name__
-    if any(is_lazy(p) for p in module.parameters(recurse=False)):
-        raise ValueError(
-            f"model: expected initialised parameters, got {shown(name)} ({kind}) before its first "
-            "call; call fastbconv.build(model, input_shape) first"
-        )
+    check_initialised(name, module)
     computed = [part for part in ("weight", "bias") if part not in module._parameters]
     if computed or parametrize.is_parametrized(module):
         raise ValueError(
-            f"model: expected parameters, got {shown(name)} ({kind}), whose "
+            f"model: expected parameters, got {shown(name)} ({type(module).__name__}), whose "
             f"{' and '.join(computed) or 'tensors'} are computed from others; make them permanent "
             "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove, "
             "remove_weight_norm, remove_spectral_norm) or name the layer in exclude"

@@ -10,8 +10,8 @@ from torch import nn
 from . import activations
 from ._surgery import (
     COUNTERPART,
+    bayesian_by_name,
     check_model,
-    names_of,
     plain_attributes,
     shown,
     subject,
@@ -72,7 +72,8 @@ def to_deterministic(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         TypeError: no module.
         ValueError: a layer that torch.nn cannot express: padding that is unequal, or 'same' with a
-            stride; an activation that is a function of your own. The model is unchanged then.
+            stride; an activation that is a function of your own; a lazy layer. The model is
+            unchanged then.
         NotImplementedError: a Bayesian layer without counterpart: those of the TFP face (NHWC), and
             subclasses.
 
@@ -88,11 +89,7 @@ def to_deterministic(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     check_model(model)
     model = subject(model, inplace)
-    layers = {
-        module: names[0]
-        for module, names in names_of(model).items()
-        if getattr(module, "is_bayesian", False)
-    }
+    layers = {layer: name for name, layer in bayesian_by_name(model).items()}
     plain = {layer: _counterpart(name, layer) for layer, name in layers.items()}
     after = {layer: _activation(name, layer) for layer, name in layers.items()}
     for layer, counterpart in plain.items():

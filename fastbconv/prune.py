@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import kl
-from ._surgery import check_model, names_of, shown, subject
+from ._surgery import bayesian_by_name, check_model, shown, subject
 from .layers._base import BayesLayer
 
 
@@ -51,9 +51,8 @@ def prune(model: nn.Module, snr: float, *, inplace: bool = False) -> Pruned:
 
     Raises:
         TypeError: no module, or ``snr`` is no number.
-        ValueError: ``snr`` is negative or not finite.
-        NotImplementedError: a layer of the TFP face that is not built, or with a posterior of your
-            own.
+        ValueError: ``snr`` is negative or not finite; a layer before its first call.
+        NotImplementedError: a layer of the TFP face with a posterior of your own.
 
     Example:
         >>> from fastbconv import BayesLinear
@@ -67,17 +66,13 @@ def prune(model: nn.Module, snr: float, *, inplace: bool = False) -> Pruned:
         raise ValueError(f"snr: expected a finite number of at least 0, got {snr}")
     check_model(model)
     model = subject(model, inplace)
-    posteriors = {
-        names[0]: _posteriors(names[0], module)
-        for module, names in names_of(model).items()
-        if getattr(module, "is_bayesian", False)
-    }
+    posteriors = {name: _posteriors(name, layer) for name, layer in bayesian_by_name(model).items()}
     with torch.no_grad():
         shares = {name: _prune_layer(parts, snr) for name, parts in posteriors.items()}
     return Pruned(model, shares)
 
 
-def _posteriors(name: str, layer: nn.Module) -> list[tuple[Tensor, Tensor, float]]:
+def _posteriors(name: str, layer: Any) -> list[tuple[Tensor, Tensor, float]]:
     """(loc, rho, floor) of each part, in the memory of the parameters."""
     if isinstance(layer, BayesLayer):
         floor = kl.default_scale_floor(layer.weight.dtype)
@@ -87,11 +82,11 @@ def _posteriors(name: str, layer: nn.Module) -> list[tuple[Tensor, Tensor, float
     for part in ("kernel", "bias"):
         if getattr(layer, f"{part}_posterior_fn") is None:
             continue
-        if not layer.built or not layer._is_built_in(part, mean=True):
+        if not layer._is_built_in(part, mean=True):
             raise NotImplementedError(
-                f"model: expected built layers with the default posterior, got {shown(name)} "
-                f"({type(layer).__name__}); call fastbconv.build(model, input_shape), and prune "
-                "distributions of your own by their variables"
+                f"model: expected mean-field normal posteriors, got {shown(name)} "
+                f"({type(layer).__name__}) with a {part}_posterior_fn of your own; prune its "
+                "variables themselves"
             )
         loc, rho = layer._built_in_posterior(part, mean=False)
         if rho is not None:

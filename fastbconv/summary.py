@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ._surgery import names_of
+from ._surgery import bayesian_by_name
 from .layers._base import BayesLayer
 
 QUANTILES: Final = (0.05, 0.5, 0.95)
@@ -129,7 +129,7 @@ def summary(model: nn.Module) -> Summary:
 
     Raises:
         TypeError: no module.
-        ValueError: a layer of the TFP face that is not built.
+        ValueError: a layer before its first call.
 
     Example:
         >>> from fastbconv import BayesLinear
@@ -139,14 +139,10 @@ def summary(model: nn.Module) -> Summary:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    layers = {
-        module: names[0]
-        for module, names in names_of(model).items()
-        if getattr(module, "is_bayesian", False)
-    }
+    layers = bayesian_by_name(model)
     with torch.no_grad():
-        rows = tuple(_row(name, layer) for layer, name in layers.items())
-    bayesian = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        rows = tuple(_row(name, layer) for name, layer in layers.items())
+    bayesian = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     others = (p for p in model.parameters() if id(p) not in bayesian)
     return Summary(rows, sum(parameter.numel() for parameter in others))
 

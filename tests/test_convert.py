@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import pickle
 from collections.abc import Callable
 
@@ -30,6 +32,13 @@ def vanishing(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         for name, p in model.named_parameters()
         if p.ndim > 1
     }
+
+
+@pytest.mark.parametrize(
+    "module", ["convert", "deterministic", "summary", "prune", "models", "_surgery"]
+)
+def test_examples_of_the_docstrings_run(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"fastbconv.{module}")).failed == 0
 
 
 # --- whole networks -------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ def test_include_and_exclude(include, exclude, expected: list[str]) -> None:
         ({"exclude": ["4", "layer9.*"]}, ValueError, r"exclude: .* got 'layer9\.\*'"),
         ({"include": 3}, TypeError, r"include: expected name patterns, .* got 3"),
         ({"exclude": int}, TypeError, r"exclude: expected name patterns, .* got <class 'int'>"),
-        ({"include": nn.BatchNorm2d}, ValueError, r"model: expected a layer to convert \(Conv2d"),
+        ({"include": nn.BatchNorm2d}, ValueError, r"expected a layer to convert \(Conv.*Linear\)"),
         ({"include": "1"}, ValueError, r"among the selected modules, got none; include and"),
     ],
 )

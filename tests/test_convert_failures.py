@@ -16,6 +16,20 @@ from fastbconv.testing import assert_close, assert_same
 
 # Kind -> (arguments that all differ from their defaults and from one another, input shape).
 LAYERS = {
+    nn.Conv1d: (
+        {
+            "in_channels": 4,
+            "out_channels": 6,
+            "kernel_size": (3,),
+            "stride": (2,),
+            "padding": (5,),
+            "dilation": (7,),
+            "groups": 2,
+            "bias": False,
+            "padding_mode": "reflect",
+        },
+        (2, 4, 21),
+    ),
     nn.Conv2d: (
         {
             "in_channels": 4,
@@ -30,17 +44,50 @@ LAYERS = {
         },
         (2, 4, 11, 13),
     ),
+    nn.Conv3d: (
+        {
+            "in_channels": 4,
+            "out_channels": 6,
+            "kernel_size": (3, 2, 1),
+            "stride": (2, 1, 3),
+            "padding": (1, 3, 2),
+            "dilation": (1, 2, 3),
+            "groups": 2,
+            "bias": False,
+            "padding_mode": "replicate",
+        },
+        (2, 4, 5, 6, 7),
+    ),
+    nn.ConvTranspose2d: (
+        {
+            "in_channels": 4,
+            "out_channels": 6,
+            "kernel_size": (3, 2),
+            "stride": (2, 3),
+            "padding": (1, 0),
+            "output_padding": (0, 1),
+            "groups": 2,
+            "bias": False,
+            "dilation": (1, 4),
+        },
+        (2, 4, 5, 6),
+    ),
     nn.Linear: ({"in_features": 7, "out_features": 5, "bias": False}, (2, 3, 7)),
 }
 
 
+# What an argument needs beside it to have an effect, or to be valid.
+PARTNER = {"padding_mode": "padding", "output_padding": "stride"}
+
+
 def kinds_and_arguments() -> list[tuple[type[nn.Module], str]]:
     """Every argument of every kind that is converted, from the kind's own signature."""
+    only = {(nn.ConvTranspose2d, "padding_mode")}  # has one value
     return [
         (kind, name)
         for kind in PAIRS
         for name in inspect.signature(kind).parameters
-        if name not in ("device", "dtype")
+        if name not in ("device", "dtype") and (kind, name) not in only
     ]
 
 
@@ -73,9 +120,7 @@ def test_no_argument_is_dropped(kind: type[nn.Module], name: str) -> None:
     required = [
         n for n, p in inspect.signature(kind).parameters.items() if p.default is inspect._empty
     ]
-    chosen = {n: arguments[n] for n in {*required, name}}
-    if name == "padding_mode":
-        chosen["padding"] = arguments["padding"]
+    chosen = {n: arguments[n] for n in {*required, name, PARTNER.get(name, name)}}
     assert_converts(kind(**chosen), shape)
 
 

@@ -179,6 +179,23 @@ def test_one_parameter_is_the_prior_scale_of_every_layer() -> None:
     assert sum(p is scale for p in converted.parameters()) == 1
 
 
+def test_a_module_is_the_prior_of_every_layer() -> None:
+    class Prior(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self) -> torch.distributions.Distribution:
+            return torch.distributions.Normal(0.0, self.log_scale.exp())
+
+    prior = Prior()
+    converted = fb.convert(small(), prior=prior)
+    converted(torch.randn(2, 3, 6, 6))
+    fb.kl_loss(converted).backward()
+    assert converted[0].prior_module is converted[4].prior_module is prior
+    assert prior.log_scale.grad is not None
+
+
 def test_a_factory_gives_each_layer_its_prior() -> None:
     seen = []
 

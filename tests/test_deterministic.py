@@ -140,9 +140,14 @@ class OwnLinear(fb.BayesLinear):
         (lambda: fb.BayesLinear(3, 4, activation="exponential"), ValueError, "got 'exponential'"),
         (lambda: OwnLinear(3, 4), NotImplementedError, r"got '1' \(OwnLinear\).*mean_weights"),
         (
-            lambda: fb.Convolution2DReparameterization(4, 3),
+            lambda: fb.build(fb.Convolution2DReparameterization(4, 3), (1, 4, 4, 3)),
             NotImplementedError,
             r"got '1' \(Convolution2DReparameterization\)",
+        ),
+        (
+            lambda: fb.Convolution2DReparameterization(4, 3),
+            ValueError,
+            r"expected initialised parameters, got '1' .* call fastbconv.build",
         ),
     ],
 )

@@ -83,7 +83,7 @@ def test_the_table_has_a_line_for_each_layer_and_the_total() -> None:
 
 def test_summary_of_the_tfp_face() -> None:
     model = nn.Sequential(fb.Convolution2DReparameterization(4, 3), fb.DenseFlipout(2))
-    with pytest.raises(ValueError, match=r"expected a built layer"):
+    with pytest.raises(ValueError, match=r"expected initialised parameters, got '0'"):
         fb.summary(model)
     fb.build(model, (None, 5, 5, 3))
     conv, dense = fb.summary(model).rows
@@ -160,7 +160,7 @@ def test_pruned_scales_stay_and_a_mask_keeps_the_means() -> None:
 
 def test_prune_on_the_tfp_face() -> None:
     model = nn.Sequential(fb.Convolution2DReparameterization(4, 3), fb.DenseFlipout(2))
-    with pytest.raises(NotImplementedError, match=r"expected built layers .* got '0'"):
+    with pytest.raises(ValueError, match=r"expected initialised parameters, got '0'"):
         fb.prune(model, 1.0)
     fb.build(model, (None, 5, 5, 3))
     with torch.no_grad():
@@ -171,6 +171,20 @@ def test_prune_on_the_tfp_face() -> None:
     assert_same(pruned[0].kernel_posterior_loc[0].detach(), torch.zeros(3, 3, 4))
     stddev = pruned[0].kernel_posterior.stddev
     assert_same(stddev[0].detach(), torch.full((3, 3, 4), FLOOR))
+
+
+def test_prune_of_a_posterior_of_the_users_own() -> None:
+    def posterior(dtype, shape, name, trainable, add_variable_fn):
+        loc = add_variable_fn(f"{name}_loc", shape, dtype=dtype, trainable=trainable)
+        return torch.distributions.Independent(torch.distributions.Laplace(loc, 1.0), len(shape))
+
+    layer = fb.DenseReparameterization(2, kernel_posterior_fn=posterior, kernel_divergence_fn=None)
+    layer.build((None, 4))
+    with pytest.raises(NotImplementedError, match=r"got the model itself .* kernel_posterior_fn"):
+        fb.prune(layer, 1.0)
+    found = fb.summary(layer).rows[0]
+    assert (found.weights, found.kl) == (8, 0.0)
+    assert math.isclose(found.scale[1], 2**0.5, rel_tol=1e-6)
 
 
 @pytest.mark.parametrize(
