@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from . import kl
+from . import _arguments, kl
 from ._surgery import (
     PAIRS,
     Selection,
@@ -163,8 +163,8 @@ def convert(
             step.layer._center_prior()
     if left:
         warnings.warn(
-            f"convert: weights without a posterior remain in {', '.join(left)}; name them in "
-            "exclude to silence this",
+            f"convert: weights without a posterior remain in {_arguments.listed(left)}; name "
+            "them in exclude to silence this",
             stacklevel=2,
         )
     return model
@@ -192,7 +192,7 @@ def _choose(model: nn.Module, selection: Selection) -> tuple[list[list[str]], li
             left.append(f"{shown(names[0])} ({type(module).__name__})")
     if not chosen and not any(getattr(m, "is_bayesian", False) for m in model.modules()):
         kinds = ", ".join(kind.__name__ for kind in PAIRS)
-        but = f", only {', '.join(left)}" if left else ""
+        but = f", only {_arguments.listed(left)}" if left else ""
         raise ValueError(
             f"model: expected a layer to convert ({kinds}) among the selected modules, got none"
             f"{but}; include and exclude select, and subclasses are not converted"
@@ -287,8 +287,8 @@ def _moments(init: Init, delta: float, steps: Sequence[_Step]) -> dict[str, tupl
     for name, (loc, scale) in moments.items():
         if name not in means:
             raise ValueError(
-                f"init: expected names of parameters that get a posterior ({', '.join(means)}), "
-                f"got {name!r}; leave others out, and ask for biases by bayesian_bias=True"
+                "init: expected names of parameters that get a posterior "
+                f"({_arguments.listed(list(means))}), got {name!r}; leave others out, and ask for biases by bayesian_bias=True"
             )
         _check_moment(f"init loc of {name!r}", loc, means[name])
         _check_moment(f"init scale of {name!r}", scale, means[name])
@@ -316,7 +316,9 @@ def _named_moments(init: Moments) -> dict[str, tuple[Tensor, Tensor]]:
     locs, scales = init
     missing = [name for name in scales if name not in locs]
     if missing:
-        raise ValueError(f"init: expected a loc for each scale, got none for {', '.join(missing)}")
+        raise ValueError(
+            f"init: expected a loc for each scale, got none for {_arguments.listed(missing)}"
+        )
     return {name: (locs[name], scale) for name, scale in scales.items()}
 
 

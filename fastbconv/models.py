@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import noise
+from . import _arguments, noise
 from .contexts import KlCollector, installed
 
 
@@ -160,13 +160,13 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[
     if decayed:
         warnings.warn(
             f"weight_decay: {kind} decays parameters of posteriors, of which a rho tends to 0, a "
-            f"scale of 0.69: {', '.join(decayed)}; {advice}",
+            f"scale of 0.69: {_arguments.listed(decayed)}; {advice}",
             stacklevel=2,
         )
     if missing:
         warnings.warn(
             f"params: {kind} does not hold parameters of posteriors, which keep their values: "
-            f"{', '.join(missing)}; {advice}, after any conversion",
+            f"{_arguments.listed(missing)}; {advice}, after any conversion",
             stacklevel=2,
         )
     return [name for name in own if name in (*decayed, *missing)]

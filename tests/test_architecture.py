@@ -54,7 +54,7 @@ ALLOWED = {
     "grouped": "_arguments _call contexts layers models noise",
     "models": "_arguments contexts functional kl layers noise",
     "_surgery": "layers",  # a layer becomes its counterpart
-    "convert": "_surgery estimators kl layers",
+    "convert": "_arguments _surgery estimators kl layers",
     "deterministic": "_surgery activations layers",
     "summary": "_surgery layers",
     "prune": "_surgery kl layers",

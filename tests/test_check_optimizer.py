@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from networks import small
+from networks import ResNet18, small
 from torch import nn
 
 import fastbconv as fb
@@ -61,6 +61,13 @@ def test_an_optimiser_made_before_the_conversion() -> None:
     model[0].weight_rho.requires_grad_(False)  # a fixed scale need not be held
     with pytest.warns(UserWarning, match=r"their values: 4.weight_rho;"):
         assert fb.check_optimizer(optimizer, model) == ["4.weight_rho"]
+
+
+def test_of_many_names_the_message_has_some() -> None:
+    model = fb.convert(ResNet18(4))
+    with pytest.warns(UserWarning, match=r"0.69: conv1.weight, .* and 35 more; make it"):
+        names = fb.check_optimizer(torch.optim.AdamW(model.parameters()), model)
+    assert len(names) == 43
 
 
 def test_rho_of_the_tfp_face() -> None:
