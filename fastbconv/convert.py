@@ -288,7 +288,8 @@ def _moments(init: Init, delta: float, steps: Sequence[_Step]) -> dict[str, tupl
         if name not in means:
             raise ValueError(
                 "init: expected names of parameters that get a posterior "
-                f"({_arguments.listed(list(means))}), got {name!r}; leave others out, and ask for biases by bayesian_bias=True"
+                f"({_arguments.listed(list(means))}), got {name!r}; leave others "
+                "out, and ask for biases by bayesian_bias=True"
             )
         _check_moment(f"init loc of {name!r}", loc, means[name])
         _check_moment(f"init scale of {name!r}", scale, means[name])
