@@ -3,6 +3,8 @@
 from . import activations, constraints, functional, initializers, noise, regularizers
 from ._native import FastbconvBuildError, build_info
 from ._version import __version__
+from .convert import convert
+from .deterministic import to_deterministic
 from .grouped import grouped
 from .kl import ScaleMixture
 from .layers.conv import BayesConv1d, BayesConv2d, BayesConv3d
@@ -39,6 +41,7 @@ from .layers.tfp import (
 )
 from .models import (
     build,
+    check_optimizer,
     collect_kl,
     fixed_sample,
     kl_loss,
@@ -47,7 +50,9 @@ from .models import (
     param_groups,
     regularization_loss,
 )
+from .prune import prune
 from .selection import algorithm, explain
+from .summary import summary
 
 __all__ = [
     "BayesConv1d",
@@ -81,8 +86,10 @@ __all__ = [
     "apply_constraints",
     "build",
     "build_info",
+    "check_optimizer",
     "collect_kl",
     "constraints",
+    "convert",
     "default_loc_scale_fn",
     "default_mean_field_normal_fn",
     "default_multivariate_normal_fn",
@@ -98,7 +105,10 @@ __all__ = [
     "param_groups",
     "posterior_mean",
     "posterior_sample",
+    "prune",
     "register_function",
     "regularization_loss",
     "regularizers",
+    "summary",
+    "to_deterministic",
 ]

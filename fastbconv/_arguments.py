@@ -36,6 +36,12 @@ def type_name(value: object) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first of many names, for a message."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def integer(name: str, value: object, minimum: int) -> int:
     """``value`` as an int of at least ``minimum``; anything with __index__ except bool is one."""
     if type(value) is not int:

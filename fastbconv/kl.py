@@ -20,6 +20,7 @@ from .activations import softplus
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 _SUM_BLOCK = 512
+LEAST_SOFTPLUS = 1e-30  # what a rho stands for at least where it is computed from a scale
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,16 @@ def kl_dtype(dtype: torch.dtype) -> torch.dtype:
 def posterior_scale(rho: Tensor, scale_floor: float) -> Tensor:
     """scale = floor + softplus(rho): finite and positive for every finite rho."""
     return softplus(rho) + scale_floor
+
+
+def rho_of_scale(scale: Tensor, scale_floor: float) -> Tensor:
+    """The rho with floor + softplus(rho) = scale: the inverse of ``posterior_scale``, in float64.
+
+    With s = scale - floor it is s + log(1 - exp(-s)), which neither overflows nor cancels. A scale
+    at the floor or below it gets the floor, by a rho near -69, where softplus is 1e-30.
+    """
+    s = (scale.to(torch.float64) - scale_floor).clamp(min=LEAST_SOFTPLUS)
+    return s + torch.log(-torch.expm1(-s))
 
 
 def kl_normal_normal(

@@ -54,6 +54,11 @@ ALLOWED = {
     " functional initializers kl layers noise regularizers",
     "grouped": "_arguments _call contexts layers models noise",
     "models": "_arguments contexts functional kl layers noise",
+    "_surgery": "layers",  # a layer becomes its counterpart
+    "convert": "_arguments _surgery estimators kl layers",
+    "deterministic": "_surgery activations layers",
+    "summary": "_surgery layers",
+    "prune": "_surgery kl layers",
     "keras_weights": "keras_weights models",  # h5py and tensorflow inside functions only
     "testing": "reference noise kl activations",
     "train": "__init__ _version train functional kl layers models noise",

@@ -22,7 +22,7 @@ INITIAL_SCALE = 0.1  # times 1 / sqrt(fan_in)
 
 def rho_from_scale(scale: float, scale_floor: float) -> float:
     """The rho with floor + softplus(rho) = scale."""
-    return math.log(math.expm1(max(scale - scale_floor, 1e-30)))
+    return math.log(math.expm1(max(scale - scale_floor, _kl.LEAST_SOFTPLUS)))
 
 
 class BayesLayer(nn.Module):
@@ -109,6 +109,13 @@ class BayesLayer(nn.Module):
         if part == "scale" and value.device.type != "meta" and not bool((value > 0).all()):
             raise ValueError(f"prior scale: expected positive values, got {value.min().item()}")
 
+    def _center_prior(self) -> None:
+        """Puts the prior, which has to be normal, around the present means: saved as buffers."""
+        self._prior = _kl.NormalPrior(None, self._prior.scale)
+        self.register_buffer("prior_loc", self.weight.detach().clone())
+        if self.bias_rho is not None:
+            self.register_buffer("bias_prior_loc", self.bias.detach().clone())
+
     @property
     def prior(self) -> _kl.Prior | None:
         """The prior of the weight, and of the bias where that is Bayesian; None: no KL."""
@@ -124,10 +131,10 @@ class BayesLayer(nn.Module):
         prior = self.prior
         if self.bias_rho is None or not isinstance(prior, _kl.NormalPrior):
             return None if self.bias_rho is None else prior
-        loc, scale = prior.loc, prior.scale
+        centre = getattr(self, "bias_prior_loc", None)
         return _kl.NormalPrior(
-            loc.reshape(()) if isinstance(loc, Tensor) else loc,
-            scale.reshape(()) if isinstance(scale, Tensor) else scale,
+            _without_dimensions(prior.loc) if centre is None else centre,
+            _without_dimensions(prior.scale),
         )
 
     def reset_parameters(self) -> None:
@@ -327,6 +334,10 @@ def _rank_seed(generator: torch.Generator | None, device: torch.device) -> Tenso
     if offset:
         seed[1:].add_(offset)  # a number, not a tensor: nothing is copied from the host
     return seed
+
+
+def _without_dimensions(value: float | Tensor) -> float | Tensor:
+    return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def _prior_text(prior: _kl.Prior | None) -> str:
