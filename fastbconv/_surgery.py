@@ -17,12 +17,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .layers._base import BayesLayer
-from .layers.conv import BayesConv2d
+from .layers.conv import BayesConv1d, BayesConv2d, BayesConv3d
+from .layers.conv_transpose import BayesConvTranspose2d
 from .layers.linear import BayesLinear
 
 # torch.nn -> counterpart with the same positional arguments and attributes.
 PAIRS: Final[dict[type[nn.Module], type[BayesLayer]]] = {
+    nn.Conv1d: BayesConv1d,
     nn.Conv2d: BayesConv2d,
+    nn.Conv3d: BayesConv3d,
+    nn.ConvTranspose2d: BayesConvTranspose2d,
     nn.Linear: BayesLinear,
 }
 COUNTERPART: Final[dict[type[nn.Module], type[nn.Module]]] = {b: t for t, b in PAIRS.items()}
