@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,3 +165,23 @@ def test_other_models_come_back_as_they_are() -> None:
     assert repr(fb.to_deterministic(model)) == repr(model)
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got NoneType"):
         fb.to_deterministic(None)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter's own modules
+def test_onnx(tmp_path: Path) -> None:
+    """The means leave PyTorch: the exported file computes what the model computes."""
+    from onnx import load
+    from onnx.reference import ReferenceEvaluator
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        fb.BayesConv2d(3, 4, 3, stride=2, padding=1, activation="relu"),
+        nn.Flatten(),
+        fb.BayesLinear(64, 5, bayesian_bias=True),
+    )
+    plain, images = fb.to_deterministic(model).eval(), torch.randn(2, 3, 8, 8)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(plain, (images,), path, dynamo=True, verbose=False)
+    evaluator = ReferenceEvaluator(load(path))
+    (got,) = evaluator.run(None, {evaluator.input_names[0]: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), plain(images))
