@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NETWORKS = ("bayesian", "deterministic", "map")
+NETWORKS = ("bayesian", "deterministic")
 FIGURES = ("accuracy", "nll", "calibration_error", "entropy", "auroc_noise")
 
 
