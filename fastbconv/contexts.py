@@ -122,6 +122,8 @@ class LayerContext:
         seed: int64 (2,), this layer's own child seed, in mode "seed".
         sinks: collectors that receive the KL, each with the layer's position in its model.
         group: draws the weights of this layer together with those of others.
+        num_samples: weight draws of a call; None: what the call itself says.
+        share_input: every draw reads all rows of the input; with ``num_samples``.
         frames: what the contexts in force have set, (token, settings), outermost first.
     """
 
@@ -129,6 +131,8 @@ class LayerContext:
     seed: Tensor | None = None
     sinks: tuple[tuple[KlCollector, int], ...] = ()
     group: Group | None = None
+    num_samples: int | None = None
+    share_input: bool = False
     frames: tuple[tuple[object, dict[str, Any]], ...] = ()
 
     @property

@@ -213,6 +213,10 @@ class BayesLayer(nn.Module):
         context = self._fb_context if seed is None else None
         mean = self._means_by_itself and seed is None
         estimator = self.estimator
+        draws = self._fb_context
+        if draws is not None and draws.num_samples is not None and num_samples == 1:
+            num_samples, share_input = draws.num_samples, draws.share_input
+            estimator = "reparameterization"  # a group of rows is one function
         if context is not None:
             mean = mean or context.mode == "mean"
             if context.mode == "seed" and generator is None:
