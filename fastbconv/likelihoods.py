@@ -240,4 +240,4 @@ def _tensor(likelihood: str, value: object) -> Tensor:
 def _kind(value: object) -> str:
     if isinstance(value, tuple | list):
         return f"{len(value)} values"
-    return f"a {type(value).__name__}"
+    return type(value).__name__

@@ -189,8 +189,10 @@ class _Plan:
         batch = batch.to(device)
         running = _Running(self.likelihood, self.keep_samples)
         for first in range(0, self.num_samples, count):
-            for output in self._outputs(batch, first, min(count, self.num_samples - first)):
-                running.add(self.likelihood.moments(output))
+            # An output of this pass that a variable held would still be there during the next one.
+            outputs = self._outputs(batch, first, min(count, self.num_samples - first))
+            for moments in map(self.likelihood.moments, outputs):
+                running.add(moments)
                 advance()
         return running.result()
 
