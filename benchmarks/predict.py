@@ -3,7 +3,8 @@
 Both sides average the probabilities of the same functions over the same images with the same
 layers: `predict` puts several functions into a pass, `passes` runs the model once for each under
 `fixed_sample`. They take turns in one process, in an order shuffled at every turn; the ratio is
-taken within each turn, and the time ends when the result has been released (fastbconv/bench/timer.py).
+taken within each turn, and the time ends when the result has been released, as in `timer.py` of
+fastbconv/bench.
 
     python benchmarks/predict.py [--network resnet18] [--batch 8] [--samples 32] [--turns 15]
                                  [--samples-per-pass 4 8 16] [--threads 2] [--layout nhwc|nchw]

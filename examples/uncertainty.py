@@ -92,8 +92,8 @@ for name, found in (("known", prediction), ("unseen", strange)):
 
 # %% [markdown]
 # ## Reliability
-# Of the images that the network is 80 % sure of, 80 % should be right. Noise on the images makes the
-# question harder.
+# Of the images that the network is 80 % sure of, 80 % should be right. Noise on the images makes
+# the question harder.
 
 # %%
 noisy = images[known] + 0.4 * torch.randn(images[known].shape)
