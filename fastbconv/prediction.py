@@ -293,6 +293,7 @@ def _check_rows(batch: object) -> None:
 
 def _largest_output(model: nn.Module, row: Tensor) -> int:
     """Bytes of the largest output of a module, for these rows; no noise is drawn."""
+    model = getattr(model, "_orig_mod", model)  # compiled modules do not call new hooks
     sizes = [row.numel() * row.element_size()]
 
     def note(_module: nn.Module, _input: Any, output: Any) -> None:

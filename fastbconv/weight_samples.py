@@ -42,8 +42,8 @@ def weight_samples(model: nn.Module, n: int) -> Iterator[None]:
     ``eval_mode='mean'``) stay means. Each call draws n functions anew, unless a seed is given: with
     ``fixed_sample(model, seed)`` draw s is that of ``fixed_sample(model, seed, sample=s)``.
 
-    Nests with ``fixed_sample``, ``collect_kl`` and ``mean_weights``, in any order. A compiled model is
-    called inside the block as any other; the block itself stays outside of a compiled function.
+    Nests with ``fixed_sample``, ``collect_kl`` and ``mean_weights``, in any order. A compiled model
+    is called inside the block as any other; the block stays outside of compiled functions.
 
     Args:
         model: any module that treats the rows (the first dimension) of its input alike.

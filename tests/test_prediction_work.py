@@ -164,6 +164,20 @@ def test_memory_decides_what_shares_a_pass() -> None:
     assert _passes(model, x, batch_size=3, samples_per_pass=8) == [24, 8]
 
 
+def test_a_compiled_model_is_cut_alike() -> None:
+    model, x = convolutional(), images(2)
+    compiled = torch.compile(model, backend="eager")
+    rows: dict[nn.Module, list[int]] = {model: [], compiled: []}
+    means = []
+    for module, seen in rows.items():
+        handle = module.register_forward_hook(lambda _m, _i, y, seen=seen: seen.append(len(y)))
+        means.append(fb.predict(module, x, 4, memory=2**14).mean)
+        handle.remove()
+    assert_close(means[1], means[0], 1e-6, 1e-6)
+    assert rows[model] == [1, 4, 4]
+    assert rows[compiled] == [4, 4]  # the first pass is not a compiled one
+
+
 class _Bar:
     """Stands for tqdm: notes how it was made and how often it advanced."""
 
