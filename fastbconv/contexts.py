@@ -136,6 +136,11 @@ class LayerContext:
     frames: tuple[tuple[object, dict[str, Any]], ...] = ()
 
     @property
+    def only_collects(self) -> bool:
+        """Whether a call draws as it would outside of any context."""
+        return self.mode is None and self.group is None and self.num_samples is None
+
+    @property
     def wants_kl(self) -> bool:
         """Whether a collector waits for the KL of this pass."""
         return len(self.sinks) > 0

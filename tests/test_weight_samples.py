@@ -70,6 +70,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "tied": Tied,
     "twice-in-a-sequence": lambda: nn.Sequential(*[fb.BayesConv2d(3, 3, 3)] * 2),
     "padded": lambda: fb.BayesConv2d(3, 4, 3, padding=1, padding_mode="circular"),
+    "other-ranks": lambda: nn.Sequential(
+        nn.Flatten(2),
+        fb.BayesConv1d(3, 4, 3, bayesian_bias=True),
+        nn.Unflatten(2, (2, 31, 1)),
+        fb.BayesConv3d(4, 2, (1, 3, 1)),
+    ),
+    "transposed": lambda: nn.Sequential(
+        fb.BayesConv2d(3, 4, 3), fb.BayesConvTranspose2d(4, 2, 2, stride=2)
+    ),
+    "lazy": lambda: nn.Sequential(fb.LazyBayesConv2d(4, 3), nn.Flatten(), fb.LazyBayesLinear(5)),
     "flipout": lambda: nn.Sequential(
         fb.BayesConv2d(3, 4, 3, estimator="flipout"), fb.BayesConv2d(4, 2, 3, estimator="local")
     ),
