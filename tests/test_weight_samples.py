@@ -113,7 +113,7 @@ def _one_by_one(model: nn.Module, x: Tensor, seed: int) -> Tensor:
 
 def test_group_s_is_function_s(model: nn.Module) -> None:
     x = _image()
-    with torch.no_grad(), fb.algorithm("direct"):
+    with torch.no_grad():
         expected = _one_by_one(model, x, 5)
         with fb.fixed_sample(model, 5), fb.weight_samples(model, DRAWS):
             inside = model(x)
