@@ -160,7 +160,7 @@ class LayerContext:
 
     def bind(self, output: Tensor) -> Tensor:
         """``output``, so that a checkpoint repeats this call under these settings or not at all."""
-        if self.mode is None or torch.compiler.is_compiling():
+        if (self.mode is None and self.num_samples is None) or torch.compiler.is_compiling():
             return output
         if torch._C._are_functorch_transforms_active() or not in_checkpoint():
             return output

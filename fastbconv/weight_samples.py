@@ -44,6 +44,7 @@ def weight_samples(model: nn.Module, n: int) -> Iterator[None]:
 
     Nests with ``fixed_sample``, ``collect_kl`` and ``mean_weights``, in any order. A compiled model
     is called inside the block as any other; the block stays outside of compiled functions.
+    With activation checkpointing ``backward()`` belongs into the block, as with ``fixed_sample``.
 
     Args:
         model: any module that treats the rows (the first dimension) of its input alike.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Laplace
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import fastbconv as fb
 from fastbconv import models
@@ -295,6 +296,34 @@ def test_a_block_inside_a_block_is_an_error() -> None:
     with outer, pytest.raises(ValueError, match="outside any other weight_samples block"):
         fb.weight_samples(model.head, 3).__enter__()
     assert _settings(model) == [None, None]
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize("make", [lambda: fb.BayesLinear(3, 2), lambda: fb.DenseFlipout(2)])
+def test_a_checkpoint_is_repeated_with_as_many_draws(make, seed: int | None) -> None:
+    """Outside of the block one draw would serve all rows, with gradients of the same shapes."""
+    layer, x = make(), torch.randn(6, 3)
+    layer(x)
+    model = nn.ModuleList([layer])  # whose layer takes groups of rows
+
+    def gradients(inside: bool) -> list[Tensor]:
+        torch.manual_seed(5)
+        layer.zero_grad()
+        with fb.weight_samples(model, DRAWS):
+            y = checkpoint(lambda rows: layer(rows, seed=seed), x, use_reentrant=False)
+            if inside:
+                y.square().sum().backward()
+        if not inside:
+            y.square().sum().backward()
+        return [p.grad.clone() for p in layer.parameters()]
+
+    torch.manual_seed(5)
+    with fb.weight_samples(model, DRAWS):
+        expected = torch.autograd.grad(layer(x, seed=seed).square().sum(), layer.parameters())
+    for one, other in zip(gradients(True), expected, strict=True):
+        assert_close(one, other, 1e-5, 1e-5)
+    with pytest.raises(CheckpointError, match="different"):
+        gradients(False)
 
 
 # --- batch norm -----------------------------------------------------------------------------------

@@ -304,7 +304,8 @@ class VariationalLayer(DrawLoop, LossBook, Sampler, Configurable, VariableStore,
             if sampled is not None and sampled.kl is not None:
                 total, priors = sampled.kl, dict.fromkeys(sampled.kl_parts, True)
             self._fb_context.record(self._with_other_divergences(total, priors))
-        return output if context is None else context.bind(output)
+        bound = self._fb_context if self._has_draws else context
+        return output if bound is None else bound.bind(output)
 
     def _run(
         self, x: Tensor, call: Call, sampled: Sampled | None
