@@ -1,6 +1,14 @@
 """fastbconv: Bayesian convolutions for PyTorch at the cost of deterministic ones."""
 
-from . import activations, constraints, functional, initializers, noise, regularizers
+from . import (
+    activations,
+    constraints,
+    functional,
+    initializers,
+    likelihoods,
+    noise,
+    regularizers,
+)
 from ._native import FastbconvBuildError, build_info
 from ._version import __version__
 from .convert import convert
@@ -50,9 +58,11 @@ from .models import (
     param_groups,
     regularization_loss,
 )
+from .prediction import Prediction, predict
 from .prune import prune
 from .selection import algorithm, explain
 from .summary import summary
+from .weight_samples import weight_samples
 
 __all__ = [
     "BayesConv1d",
@@ -79,6 +89,7 @@ __all__ = [
     "LazyBayesConv3d",
     "LazyBayesConvTranspose2d",
     "LazyBayesLinear",
+    "Prediction",
     "ScaleMixture",
     "__version__",
     "activations",
@@ -99,16 +110,19 @@ __all__ = [
     "grouped",
     "initializers",
     "kl_loss",
+    "likelihoods",
     "losses",
     "mean_weights",
     "noise",
     "param_groups",
     "posterior_mean",
     "posterior_sample",
+    "predict",
     "prune",
     "register_function",
     "regularization_loss",
     "regularizers",
     "summary",
     "to_deterministic",
+    "weight_samples",
 ]

@@ -3,7 +3,7 @@
 For a small layer the arguments cost more than the convolution. The short way serves the common call
 (one draw, float parameters, a seed tensor or none, a KL against a normal prior of two numbers) and
 computes what the long way does, bit for bit; ``csrc/bindings/layer_call.cpp`` checks that a call is
-one. Everything else goes the long way: contexts that set means, seeds or groups, estimators,
+one. Everything else goes the long way: contexts that set means, seeds, draws or groups, estimators,
 tracing, transforms, parametrized parameters, and what does not fit, whose errors are raised there.
 """
 
@@ -50,7 +50,7 @@ def quick_call(
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     context, parameters = layer._fb_context, layer._parameters
-    if context is not None and (context.mode is not None or context.group is not None):
+    if context is not None and not context.only_collects:
         return None
     if layer._means_by_itself or layer._samples_prior or isinstance(seed, int):
         return None

@@ -122,6 +122,8 @@ class LayerContext:
         seed: int64 (2,), this layer's own child seed, in mode "seed".
         sinks: collectors that receive the KL, each with the layer's position in its model.
         group: draws the weights of this layer together with those of others.
+        num_samples: weight draws of a call; None: what the call itself says.
+        share_input: every draw reads all rows of the input; with ``num_samples``.
         frames: what the contexts in force have set, (token, settings), outermost first.
     """
 
@@ -129,7 +131,14 @@ class LayerContext:
     seed: Tensor | None = None
     sinks: tuple[tuple[KlCollector, int], ...] = ()
     group: Group | None = None
+    num_samples: int | None = None
+    share_input: bool = False
     frames: tuple[tuple[object, dict[str, Any]], ...] = ()
+
+    @property
+    def only_collects(self) -> bool:
+        """Whether a call draws as it would outside of any context."""
+        return self.mode is None and self.group is None and self.num_samples is None
 
     @property
     def wants_kl(self) -> bool:
@@ -151,7 +160,7 @@ class LayerContext:
 
     def bind(self, output: Tensor) -> Tensor:
         """``output``, so that a checkpoint repeats this call under these settings or not at all."""
-        if self.mode is None or torch.compiler.is_compiling():
+        if (self.mode is None and self.num_samples is None) or torch.compiler.is_compiling():
             return output
         if torch._C._are_functorch_transforms_active() or not in_checkpoint():
             return output

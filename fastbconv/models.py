@@ -200,7 +200,7 @@ def collect_kl(model: nn.Module) -> Iterator[KlCollector]:
 
 
 @contextmanager
-def fixed_sample(model: nn.Module, seed: int | Tensor) -> Iterator[None]:
+def fixed_sample(model: nn.Module, seed: int | Tensor, *, sample: int = 0) -> Iterator[None]:
     """Every call inside uses one function: layer l draws from ``noise.derive(seed, l)``.
 
     l is the position among the distinct Bayesian modules of ``model.modules()``. A layer that runs
@@ -212,21 +212,32 @@ def fixed_sample(model: nn.Module, seed: int | Tensor) -> Iterator[None]:
     Args:
         model: any module.
         seed: int or int64 tensor (2,).
+        sample: number of the draw, added to the offset of every layer's seed: function ``sample``
+            of ``predict(model, x, seed=seed)`` and of ``weight_samples``.
+
+    Raises:
+        ValueError: ``sample`` is negative.
     """
     layers = bayesian_layers(model)
-    with installed(layers, seeds_of_layers(layers, seed)):
+    with installed(layers, seeds_of_layers(layers, seed, sample)):
         yield
 
 
-def seeds_of_layers(layers: Sequence[nn.Module], seed: int | Tensor) -> list[dict[str, Any]]:
+def seeds_of_layers(
+    layers: Sequence[nn.Module], seed: int | Tensor, sample: int = 0
+) -> list[dict[str, Any]]:
     """Layer l's own seed as a context sets it: on the layer's device, so that no call moves it."""
+    sample = _arguments.integer("sample", sample, 0)
     parents: dict[torch.device, Sequence[Tensor]] = {}
     settings: list[dict[str, Any]] = []
     for position, layer in enumerate(layers):
-        device, _ = _placement(layer)
+        device, _ = placement(layer)
         if device not in parents:
             parent = noise.seed_tensor(seed, device)
-            parents[device] = noise.derive_range(parent, 0, len(layers)).unbind()
+            children = noise.derive_range(parent, 0, len(layers))
+            if sample:
+                children[:, 1] += sample  # a number: nothing is copied from the host
+            parents[device] = children.unbind()
         settings.append({"mode": "seed", "seed": parents[device][position]})
     return settings
 
@@ -264,22 +275,31 @@ def build(model: nn.Module, input_shape: Sequence[int | None]) -> nn.Module:
     if getattr(model, "is_bayesian", False) and callable(own_build):
         own_build(tuple(input_shape))
         return model
-    device, dtype = _placement(model)
-    flags = [(module, module.training) for module in model.modules()]
+    device, dtype = placement(model)
     image = torch.zeros([1 if size is None else size for size in input_shape], dtype=dtype)
     try:
-        model.eval()
-        with torch.no_grad(), mean_weights(model):
+        with eval_mode(model), torch.no_grad(), mean_weights(model):
             model(image.to(device))
     finally:
-        for module, training in flags:
-            module.training = training
+        for module in model.modules():
             if hasattr(module, "_forget_last_call"):
                 module._forget_last_call()
     return model
 
 
-def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` for the block; every module's own flag is put back after it."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the first floating-point parameter, lazy ones included."""
     for parameter in model.parameters():
         if parameter.dtype.is_floating_point:
@@ -289,7 +309,7 @@ def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def _sum(terms: list[Tensor], model: nn.Module) -> Tensor:
     if not terms:
-        device, _ = _placement(model)
+        device, _ = placement(model)
         return torch.zeros((), device=device)
     total = terms[0]
     for term in terms[1:]:

@@ -84,7 +84,7 @@ def test_all_networks_write_every_artefact(
     text = capsys.readouterr().out
     for name in report.FILES:
         assert (out / name).stat().st_size > 0
-    for name in ("curves.png", "reliability.png", "entropy.png"):
+    for name in ("curves.png", "reliability.png", "rejection.png", "entropy.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     expected = stages(Settings())
     assert [stage.name for stage in expected] == [

@@ -25,6 +25,28 @@ PROBABILITIES = torch.tensor(
 LABELS = torch.tensor([0, 0, 1])
 
 
+class Recorded(nn.Module):
+    """Returns the log probabilities of one sample after the other."""
+
+    is_bayesian = True
+    _fb_context = None
+
+    def __init__(self, probabilities: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.samples = iter(probabilities.log())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return next(self.samples)
+
+
+def predicted(probabilities: torch.Tensor) -> fb.Prediction:
+    """The prediction of functions with these probabilities, (samples, N, classes)."""
+    images = torch.zeros(probabilities.shape[1], 1)
+    options = {"batch_size": len(images), "samples_per_pass": 1}
+    return fb.predict(Recorded(probabilities), images, len(probabilities), **options)
+
+
 def binary_entropy(p: float) -> float:
     return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
@@ -40,7 +62,7 @@ def network(kind: str = "bayesian") -> ConvNet:
 
 
 def test_accuracy_and_nll_are_of_the_mean_probability() -> None:
-    mean = evaluate.log_mean(PROBABILITIES.log())
+    mean = predicted(PROBABILITIES).mean.log()
     torch.testing.assert_close(mean.exp(), PROBABILITIES.mean(dim=0))
     # The mean probabilities of the right classes are 0.8, 0.4 and 0.5; argmax: 0, 1, 0.
     assert evaluate.accuracy(mean, LABELS) == pytest.approx(1 / 3)
@@ -49,21 +71,21 @@ def test_accuracy_and_nll_are_of_the_mean_probability() -> None:
 
 
 def test_entropies_separate_data_from_weights() -> None:
-    total, information = evaluate.entropies(PROBABILITIES.log())
+    prediction = predicted(PROBABILITIES)
     by_hand = [binary_entropy(0.8), binary_entropy(0.4), math.log(2)]
     expected = [
         (binary_entropy(0.9) + binary_entropy(0.7)) / 2,
         (binary_entropy(0.6) + binary_entropy(0.2)) / 2,
         math.log(2),
     ]
-    np.testing.assert_allclose(total, by_hand, rtol=1e-12)
-    np.testing.assert_allclose(information, np.subtract(by_hand, expected), atol=1e-12)
+    information = np.subtract(by_hand, expected)
+    np.testing.assert_allclose(prediction.entropy, by_hand, rtol=1e-12)
+    np.testing.assert_allclose(prediction.mutual_information, information, atol=1e-12)
 
 
 def test_entropies_stay_finite_where_a_probability_is_zero() -> None:
-    certain = torch.tensor([[[0.0, -math.inf]]], dtype=torch.float64)
-    total, information = evaluate.entropies(certain)
-    assert (total.item(), information.item()) == (0.0, 0.0)
+    prediction = predicted(torch.tensor([[[1.0, 0.0]]], dtype=torch.float64))
+    assert (prediction.entropy.item(), prediction.mutual_information.item()) == (0.0, 0.0)
 
 
 def test_calibration_error_weighs_bins_by_their_images() -> None:
@@ -87,7 +109,7 @@ def test_auroc_counts_pairs() -> None:
 
 
 def test_measure_fills_every_figure() -> None:
-    metrics = evaluate.measure(PROBABILITIES.log(), LABELS, torch.zeros(3))
+    metrics = evaluate.measure(predicted(PROBABILITIES), LABELS, torch.zeros(3))
     assert metrics.accuracy == pytest.approx(1 / 3)
     assert metrics.auroc_noise == 1.0
     assert set(metrics.to_dict()) == {
@@ -95,32 +117,36 @@ def test_measure_fills_every_figure() -> None:
     }
 
 
-def test_predict_uses_one_function_for_all_batches(
-    part: data.Part, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rejecting_the_uncertain_first() -> None:
+    log_probability = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.8, 0.2], [0.5, 0.5]]).log()
+    entropy = torch.tensor([0.3, 0.67, 0.5, 0.69])
+    kept = plots.kept_accuracy(log_probability, entropy, torch.tensor([0, 0, 0, 0]))
+    # From the most certain on: right, right, wrong, right.
+    np.testing.assert_allclose(kept, [1.0, 1.0, 2 / 3, 3 / 4])
+
+
+def test_predict_is_the_mean_of_one_set_of_functions(part: data.Part) -> None:
     model = network()
     before = torch.get_rng_state()
-    whole = evaluate.predict(model, part, 3, seed=7)
-    monkeypatch.setattr(evaluate, "_BATCH", 2)
-    batched = evaluate.predict(model, part, 3, seed=7)
-    assert whole.shape == (3, 5, 4)
-    torch.testing.assert_close(batched, whole, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(whole[0], whole[1])
+    prediction = evaluate.predict(model, part, 3, seed=7)
     assert torch.equal(torch.get_rng_state(), before)  # evaluating does not move the training
-
-
-def test_predict_averages_what_fixed_sample_gives(part: data.Part) -> None:
-    model = network()
-    predicted = evaluate.predict(model, part, 2, seed=11)
-    with fb.fixed_sample(model, 12), torch.no_grad():
-        logits = model(part.batch(slice(None))[0])
-    torch.testing.assert_close(predicted[1], logits.double().log_softmax(1))
+    images, _ = part.batch(slice(None))
+    model.eval()
+    probabilities = []
+    for sample in range(3):
+        with torch.no_grad(), fb.fixed_sample(model, 7, sample=sample):
+            probabilities.append(model(images).double().softmax(1))
+    torch.testing.assert_close(
+        prediction.mean, torch.stack(probabilities).mean(0), rtol=1e-5, atol=1e-6
+    )
+    few = evaluate.predict(model, data.Part(part.images[:2], part.labels[:2], 16.0), 3, seed=7)
+    torch.testing.assert_close(few.mean, prediction.mean[:2], rtol=1e-5, atol=1e-6)
 
 
 def test_a_deterministic_network_is_one_sample(part: data.Part) -> None:
-    predicted = evaluate.predict(network("deterministic"), part, 8, seed=0)
-    assert len(predicted) == 1
-    assert evaluate.measure(predicted, part.labels).mutual_information == 0.0
+    prediction = evaluate.predict(network("deterministic"), part, 8, seed=0)
+    assert prediction.variance.abs().max().item() == 0.0
+    assert evaluate.measure(prediction, part.labels).mutual_information == 0.0
 
 
 def test_noise_is_one_draw_times_its_strength() -> None:

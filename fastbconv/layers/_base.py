@@ -213,6 +213,10 @@ class BayesLayer(nn.Module):
         context = self._fb_context if seed is None else None
         mean = self._means_by_itself and seed is None
         estimator = self.estimator
+        bound, own = context, self._fb_context
+        if own is not None and own.num_samples is not None and num_samples == 1:
+            bound, num_samples, share_input = own, own.num_samples, own.share_input
+            estimator = "reparameterization"  # a group of rows is one function
         if context is not None:
             mean = mean or context.mode == "mean"
             if context.mode == "seed" and generator is None:
@@ -253,7 +257,7 @@ class BayesLayer(nn.Module):
         if wants_kl:
             output, kl = (output, self.kl_loss()) if mean else output
             self._fb_context.record(kl)
-        return output if context is None else context.bind(output)
+        return output if bound is None else bound.bind(output)
 
     def _call_sampled(
         self,

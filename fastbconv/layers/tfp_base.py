@@ -27,6 +27,7 @@ from . import tfp_arguments as arguments
 from . import tfp_distributions as distributions
 from .tfp_config import Configurable, NamedActivation
 from .tfp_distributions import MeanFieldNormalFn, VariableFn
+from .tfp_draws import DrawLoop
 from .tfp_keras import KerasSurface, layer_name
 from .tfp_losses import LossBook
 from .tfp_sampling import PARTS, Call, Part, Sampler
@@ -37,7 +38,7 @@ DEFAULT_POINT_MASS: Final = MeanFieldNormalFn(is_singular=True)
 _MISSING: Final = object()
 
 
-class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurface):
+class VariationalLayer(DrawLoop, LossBook, Sampler, Configurable, VariableStore, KerasSurface):
     """Base of the TFP face. Subclasses say what the kernel's shape is and how it is applied."""
 
     is_bayesian = True
@@ -287,22 +288,24 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
         found: Sampled | Tensor | int | None = context.seed if mode == "seed" else seed
         grouped = context is not None and context.group is not None and mode != "mean"
         if grouped and not torch.compiler.is_compiling():
-            found = context.group.take(self, x, found, True)
+            found = context.group.take(self, x, found, not self._has_draws)
         sampled = found if type(found) is Sampled else None
         found = found if sampled is None else sampled.seed
+        one_kernel = mode == "seed" or self._has_draws
         call = Call(
             seed=None if found is None else noise.seed_tensor(found, x.device),
             given=found is not None,
             mean=mode == "mean",
-            estimator="reparameterization" if mode == "seed" else self._estimator,
+            estimator="reparameterization" if one_kernel else self._estimator,
         )
-        output, total, priors = self._run(x, call, sampled)
+        output, total, priors = self._run_draws(x, call, sampled)
         self._remember(call, inputs, output)
         if total is not None:
             if sampled is not None and sampled.kl is not None:
                 total, priors = sampled.kl, dict.fromkeys(sampled.kl_parts, True)
             self._fb_context.record(self._with_other_divergences(total, priors))
-        return output if context is None else context.bind(output)
+        bound = self._fb_context if self._has_draws else context
+        return output if bound is None else bound.bind(output)
 
     def _run(
         self, x: Tensor, call: Call, sampled: Sampled | None
@@ -329,6 +332,8 @@ class VariationalLayer(LossBook, Sampler, Configurable, VariableStore, KerasSurf
             prior=priors.get("kernel"),
             bias_prior=priors.get("bias"),
             seed=call.seed,
+            num_samples=call.num_samples,
+            share_input=call.share_input,
             scale_floor=torch.finfo(self._dtype).eps,
             return_kl=wants_kl,
             estimator=call.estimator,

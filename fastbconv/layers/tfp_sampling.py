@@ -49,6 +49,9 @@ class Call:
         mean: the posterior means are used.
         estimator: how noise enters; "reparameterization" also where a context asks for one draw of
             the weights that all calls share.
+        num_samples: draws of the call; ``seed`` is that of the first, and the sample of the last
+            call is the first one.
+        share_input: every draw reads all rows.
         tensors: what cannot be made again, the results of the user's own functions: "kernel" and
             "bias" samples, or "affine", what another estimator's tensor function returned.
         activity: the activity loss.
@@ -60,6 +63,8 @@ class Call:
     given: bool = False
     mean: bool = False
     estimator: Estimator = "reparameterization"
+    num_samples: int = 1
+    share_input: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)
     activity: Tensor | None = None
     inputs: Callable[[], Any] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,7 +14,6 @@ from .settings import NOISE_STRENGTHS
 
 NUM_BINS = 15
 _NOISE_SEED = 1234
-_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -53,39 +51,22 @@ def add_noise(images: Tensor, strength: float) -> Tensor:
     return images + strength * torch.randn(images.shape, generator=generator)
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module, part: Part, num_samples: int, *, seed: int, noise: float = 0.0
-) -> Tensor:
-    """Log probabilities of every class under ``num_samples`` functions.
+) -> fb.Prediction:
+    """The mean over ``num_samples`` functions, the same ones for every set of images.
 
-    Sample s is one function for the whole set: all batches use the weights of seed + s. A network
-    without Bayesian layers has one function, and one sample.
-
-    Returns:
-        (num_samples, N, classes) float64.
+    A network without Bayesian layers has one function.
     """
-    bayesian = any(getattr(module, "is_bayesian", False) for module in model.modules())
     images, _ = part.batch(slice(None))
     if noise > 0:
         images = add_noise(images, noise)
-    model.eval()
-    samples = []
-    for sample in range(num_samples if bayesian else 1):
-        with fb.fixed_sample(model, seed + sample):
-            logits = [model(batch) for batch in images.split(_BATCH)]
-        samples.append(torch.cat(logits).double().log_softmax(dim=1))
-    return torch.stack(samples)
+    return fb.predict(model, images, num_samples, seed=seed)
 
 
-def log_mean(log_probabilities: Tensor) -> Tensor:
-    """log of the mean probability over the samples: (S, N, classes) -> (N, classes)."""
-    return log_probabilities.logsumexp(dim=0) - math.log(len(log_probabilities))
-
-
-def accuracy(log_probability: Tensor, labels: Tensor) -> float:
-    """Share of images whose most probable class is right."""
-    return (log_probability.argmax(dim=1) == labels).double().mean().item()
+def accuracy(probability: Tensor, labels: Tensor) -> float:
+    """Share of images whose most probable class is right; logarithms will do."""
+    return (probability.argmax(dim=1) == labels).double().mean().item()
 
 
 def nll(log_probability: Tensor, labels: Tensor) -> float:
@@ -106,13 +87,6 @@ def calibration_error(log_probability: Tensor, labels: Tensor) -> float:
     ).item()
 
 
-def entropies(log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy of the mean probabilities, and mutual information of class and weights: (N,) each."""
-    total = torch.special.entr(log_mean(log_probabilities).exp()).sum(dim=1)
-    expected = torch.special.entr(log_probabilities.exp()).sum(dim=2).mean(dim=0)
-    return total, (total - expected).clamp_min(0)
-
-
 def auroc(known: Tensor, unknown: Tensor) -> float:
     """Area under the ROC curve of a score that should be higher for what is unknown.
 
@@ -128,18 +102,17 @@ def auroc(known: Tensor, unknown: Tensor) -> float:
 
 
 def measure(
-    log_probabilities: Tensor, labels: Tensor, clean_entropy: Tensor | None = None
+    prediction: fb.Prediction, labels: Tensor, clean_entropy: Tensor | None = None
 ) -> Metrics:
-    """All figures of (S, N, classes) log probabilities."""
-    mean = log_mean(log_probabilities)
-    total, information = entropies(log_probabilities)
+    """All figures of a prediction."""
+    log_mean = prediction.mean.log()
     return Metrics(
-        accuracy=accuracy(mean, labels),
-        nll=nll(mean, labels),
-        calibration_error=calibration_error(mean, labels),
-        entropy=total.mean().item(),
-        mutual_information=information.mean().item(),
-        auroc_noise=None if clean_entropy is None else auroc(clean_entropy, total),
+        accuracy=accuracy(log_mean, labels),
+        nll=nll(log_mean, labels),
+        calibration_error=calibration_error(log_mean, labels),
+        entropy=prediction.entropy.mean().item(),
+        mutual_information=prediction.mutual_information.mean().item(),
+        auroc_noise=None if clean_entropy is None else auroc(clean_entropy, prediction.entropy),
     )
 
 
@@ -162,11 +135,11 @@ def evaluate(model: nn.Module, part: Part, num_samples: int, seed: int) -> Evalu
     """Measures a network, clean and under noise of five strengths, with the same functions."""
     result = Evaluation({}, {}, {})
     for strength in (0.0, *NOISE_STRENGTHS):
-        log_probabilities = predict(model, part, num_samples, seed=seed, noise=strength)
+        prediction = predict(model, part, num_samples, seed=seed, noise=strength)
         clean = result.entropy.get(0.0)
-        result.metrics[strength] = measure(log_probabilities, part.labels, clean)
-        result.log_probability[strength] = log_mean(log_probabilities)
-        result.entropy[strength] = entropies(log_probabilities)[0]
+        result.metrics[strength] = measure(prediction, part.labels, clean)
+        result.log_probability[strength] = prediction.mean.log()
+        result.entropy[strength] = prediction.entropy
     return result
 
 
@@ -194,13 +167,14 @@ def evaluate_held_out(
     """Measures a network that was trained without the classes ``held_out``."""
     kept = sorted(set(test.labels.tolist()) - set(held_out))
     known, unknown = test.only(kept), test.only(list(held_out))
-    predicted = [predict(model, part, num_samples, seed=seed) for part in (known, unknown)]
-    scores = [entropies(log_probabilities) for log_probabilities in predicted]
-    sampled = len(predicted[0]) > 1
+    seen, unseen = (predict(model, part, num_samples, seed=seed) for part in (known, unknown))
+    information = None
+    if any(getattr(module, "is_bayesian", False) for module in model.modules()):
+        information = auroc(seen.mutual_information, unseen.mutual_information)
     return HeldOut(
-        metrics=measure(predicted[0], known.labels),
-        entropy_auroc=auroc(scores[0][0], scores[1][0]),
-        information_auroc=auroc(scores[0][1], scores[1][1]) if sampled else None,
-        entropy_known=scores[0][0],
-        entropy_unknown=scores[1][0],
+        metrics=measure(seen, known.labels),
+        entropy_auroc=auroc(seen.entropy, unseen.entropy),
+        information_auroc=information,
+        entropy_known=seen.entropy,
+        entropy_unknown=unseen.entropy,
     )

@@ -157,8 +157,8 @@ def train(run: Run, data: Dataset, path: Path, say: Callable[[str], None]) -> No
 
 def validation_accuracy(run: Run, part: Part) -> float:
     """Of the mean probability of a few samples; draws nothing from the global generator."""
-    log_probabilities = evaluate.predict(run.model, part, VALIDATION_SAMPLES, seed=0)
-    return evaluate.accuracy(evaluate.log_mean(log_probabilities), part.labels)
+    prediction = evaluate.predict(run.model, part, VALIDATION_SAMPLES, seed=0)
+    return evaluate.accuracy(prediction.mean, part.labels)
 
 
 def epoch_line(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""The three figures of a run; drawn without a display and without pyplot's global state."""
+"""The figures of a run; drawn without a display and without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -83,6 +84,30 @@ def reliability(
             panel.scatter(confidence, accuracy, s=4 + 200 * count / count.sum(), color=colour)
         title = "clean test images" if strength == 0 else f"pixel noise {strength:g}"
         panel.set(title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+        panel.legend(fontsize=7)
+    _save(figure, path)
+
+
+def kept_accuracy(log_probability: Tensor, entropy: Tensor, labels: Tensor) -> np.ndarray:
+    """Accuracy of the k images of least entropy, for k = 1 to N."""
+    right = (log_probability.argmax(dim=1) == labels).double()[entropy.argsort(stable=True)]
+    return (right.cumsum(0) / torch.arange(1, len(labels) + 1)).numpy()
+
+
+def rejection(
+    evaluations: dict[str, Evaluation], labels: Tensor, strengths: tuple[float, ...], path: Path
+) -> None:
+    """Accuracy of what is kept when the images of highest entropy are handed to somebody else."""
+    figure = Figure(figsize=(4.2 * len(strengths), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(strengths), squeeze=False)[0]
+    for panel, strength in zip(panels, strengths, strict=True):
+        for name, evaluation in evaluations.items():
+            parts = (evaluation.log_probability[strength], evaluation.entropy[strength])
+            accuracy = kept_accuracy(*parts, labels)
+            rejected = 1 - np.arange(1, len(accuracy) + 1) / max(len(accuracy), 1)
+            panel.plot(rejected, accuracy, color=_COLOURS.get(name), label=name)
+        title = "clean test images" if strength == 0 else f"pixel noise {strength:g}"
+        panel.set(title=title, xlabel="share rejected", ylabel="accuracy of the rest", xlim=(0, 1))
         panel.legend(fontsize=7)
     _save(figure, path)
 

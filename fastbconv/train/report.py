@@ -18,7 +18,8 @@ from .loop import Run
 from .settings import NOISE_STRENGTHS, Settings
 
 SHOWN_STRENGTH = 0.4
-FILES = ("report.txt", "report.json", "curves.png", "reliability.png", "entropy.png")
+PLOTS = ("curves.png", "reliability.png", "rejection.png", "entropy.png")
+FILES = ("report.txt", "report.json", *PLOTS)
 
 
 @dataclass(frozen=True)
@@ -200,5 +201,6 @@ def write(results: Results, out: Path) -> str:
     if results.evaluations:
         shown = (0.0, SHOWN_STRENGTH)
         plots.reliability(results.evaluations, labels, shown, out / "reliability.png")
+        plots.rejection(results.evaluations, labels, shown, out / "rejection.png")
     plots.entropy(results.evaluations, results.held_out, SHOWN_STRENGTH, out / "entropy.png")
     return text

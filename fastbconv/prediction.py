@@ -1,0 +1,334 @@
+"""``predict``: the average over functions drawn from the posterior, and how far they agree.
+
+Note [One set of functions]. Function s of a seed is that of ``fixed_sample(model, seed,
+sample=s)``, for every batch, whatever the batch size, the number of samples in a pass, or the rank.
+Every function's output is turned into moments by itself and added to the running statistics in the
+order of s, in float64: so the figures, too, do not depend on how the work was cut. Where the
+convolutions are our kernels they are the same bits; PyTorch's own may round differently at another
+batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from . import _arguments, likelihoods
+from .likelihoods import Likelihood, Moments
+from .models import bayesian_layers, eval_mode, fixed_sample, mean_weights, placement
+from .weight_samples import weight_samples
+
+# Bytes of one pass: larger tensors leave a CPU's caches, and the allocator's for reuse.
+_MEMORY = {"cpu": 2**26}
+_DEVICE_MEMORY = 2**30
+_PEAK = 4  # tensors of the largest layer's size that live at once: input, output, a skip, a copy
+_QUIET_SECONDS = 2.0  # before a progress bar shows by itself
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The average over functions. Tensors are float64, on the device of the model's output.
+
+    Attributes:
+        mean: mean over the functions of probabilities, of the target's mean, or of what a function
+            given as likelihood returned; (N, ...).
+        variance: of the same over the functions, sum of squares / number of functions: what the
+            weights are to blame for. For a gaussian likelihood the variance of the target,
+            ``aleatoric_variance + epistemic_variance``.
+        entropy: of the mean probabilities, in nats: the whole uncertainty. None for a gaussian
+            likelihood and a function, as the next two.
+        expected_entropy: mean of the functions' entropies, in nats: what known weights leave.
+        mutual_information: of target and weights, the difference of the two, in nats.
+        aleatoric_variance: mean of the functions' variances; gaussian only.
+        epistemic_variance: variance of the functions' means; gaussian only.
+        samples: the functions' own ``mean``, (num_samples, N, ...); with ``keep_samples``.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    entropy: Tensor | None = None
+    expected_entropy: Tensor | None = None
+    mutual_information: Tensor | None = None
+    aleatoric_variance: Tensor | None = None
+    epistemic_variance: Tensor | None = None
+    samples: Tensor | None = None
+
+
+def predict(
+    model: nn.Module,
+    x: Tensor | Iterable[Any],
+    num_samples: int = 32,
+    *,
+    likelihood: likelihoods.Name | Likelihood | Any = "categorical",
+    seed: int | Tensor = 0,
+    batch_size: int | None = None,
+    samples_per_pass: int | None = None,
+    memory: int | None = None,
+    keep_samples: bool = False,
+    progress: bool | None = None,
+) -> Prediction:
+    r"""Averages the predictions of ``num_samples`` functions drawn from the posterior.
+
+    .. code-block:: text
+
+        p_s         = likelihood(f_s(x))                    probabilities, never logits
+        mean        = 1/S sum_s p_s
+        entropy     = H(mean),  expected_entropy = 1/S sum_s H(p_s)           in nats
+        mutual_information = entropy - expected_entropy
+
+    The functions are the same for every batch and every call with this seed: function s is that of
+    ``with fixed_sample(model, seed, sample=s)``, on every rank. The model runs in ``eval()``
+    without gradients; the ``training`` flag of every module is put back, also after an exception.
+    Dropout is off; every Bayesian layer draws, whatever its ``eval_mode``. A model without Bayesian
+    layers is one function, and gets one sample. Several functions share a pass
+    (``weight_samples``); memory does not grow with ``num_samples`` unless samples are kept.
+
+    Args:
+        model: any module that treats the rows of its input alike.
+        x: a tensor (N, ...), or a DataLoader or other iterable of batches: tensors, or tuples whose
+            first element is taken. Moved to the device of the model's parameters.
+        num_samples: number of functions.
+        likelihood: 'categorical' (logits, classes on axis 1; further axes become maps),
+            'bernoulli' (a logit for each target), 'gaussian' (the pair (mean, variance)), an object
+            of ``fastbconv.likelihoods``, or a function of what the model returned for one batch
+            under one function, which gives the tensor to be averaged.
+        seed: int or int64 tensor (2,).
+        batch_size: rows of a tensor ``x`` in one pass; None: as ``memory`` allows.
+        samples_per_pass: functions in one pass; None: as ``memory`` allows.
+        memory: bytes that the tensors of one pass may take, weights apart; a rough bound, from the
+            largest output of a module in a pass over one row with mean weights, made beforehand.
+            None: 64 MiB on a CPU, where more is slower, and 1 GiB elsewhere.
+        keep_samples: also return every function's own prediction.
+        progress: a progress bar (tqdm) in samples of batches; None: on a terminal, where the work
+            takes more than two seconds.
+
+    Returns:
+        A ``Prediction``.
+
+    Raises:
+        TypeError: ``x`` holds no tensors, or a likelihood of another type.
+        ValueError: a number that does not fit, an unknown likelihood, no batches, or an output with
+            another number of rows than expected.
+        ImportError: ``progress=True`` without tqdm.
+
+    Example:
+        >>> from fastbconv import BayesLinear
+        >>> prediction = predict(BayesLinear(3, 2), torch.ones(5, 3), num_samples=8)
+        >>> prediction.mean.shape, prediction.mutual_information.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+    num_samples = _arguments.integer("num_samples", num_samples, 1)
+    plan = _Plan(
+        model,
+        likelihoods.resolve(likelihood),
+        num_samples if bayesian_layers(model) else 1,
+        seed,
+        _optional("samples_per_pass", samples_per_pass),
+        _optional("memory", memory),
+        keep_samples,
+    )
+    batch_size = _optional("batch_size", batch_size)
+    if batch_size is not None and not isinstance(x, Tensor):
+        raise ValueError(f"batch_size: expected None for an iterable of batches, got {batch_size}")
+    with eval_mode(model), torch.no_grad():
+        batches = plan.batches(x, batch_size)
+        with _bar(plan.num_samples, batches, progress) as advance:
+            parts = [plan.predict_batch(batch, advance) for batch in batches]
+    if not parts:
+        raise ValueError("x: expected at least one batch, got none")
+    return _concatenated(parts)
+
+
+@dataclass
+class _Plan:
+    """One prediction: what is drawn, and in which pieces."""
+
+    model: nn.Module
+    likelihood: Likelihood
+    num_samples: int
+    seed: int | Tensor
+    samples_per_pass: int | None
+    memory: int | None
+    keep_samples: bool
+    rows: int | None = None
+
+    def batches(self, x: Any, batch_size: int | None) -> Sequence[Tensor] | Iterable[Any]:
+        """The batches, a tensor cut as memory allows."""
+        if not isinstance(x, Tensor):
+            if isinstance(x, str | bytes) or not isinstance(x, Iterable):
+                raise TypeError(
+                    "x: expected a tensor, or an iterable of tensors or of tuples that begin with "
+                    f"one, got {_arguments.type_name(x)}"
+                )
+            return x
+        _check_rows(x)
+        return x.split(batch_size or min(self.rows_per_pass(x), max(len(x), 1)))
+
+    def rows_per_pass(self, batch: Tensor) -> int:
+        """How many rows of all functions together fit into memory."""
+        if self.rows is None:
+            device, _ = placement(self.model)
+            largest = _largest_output(self.model, batch[:1].to(device))
+            memory = self.memory or _MEMORY.get(device.type, _DEVICE_MEMORY)
+            self.rows = max(1, memory // max(1, _PEAK * largest))
+        return self.rows
+
+    def predict_batch(self, batch: Any, advance: Any) -> Prediction:
+        """All functions on one batch."""
+        batch = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        _check_rows(batch)
+        count = self.samples_per_pass or self.rows_per_pass(batch) // max(1, len(batch))
+        count = min(max(1, count), self.num_samples)
+        device, _ = placement(self.model)
+        batch = batch.to(device)
+        running = _Running(self.likelihood, self.keep_samples)
+        for first in range(0, self.num_samples, count):
+            # An output of this pass that a variable held would still be there during the next one.
+            outputs = self._outputs(batch, first, min(count, self.num_samples - first))
+            for moments in map(self.likelihood.moments, outputs):
+                running.add(moments)
+                advance()
+        return running.result()
+
+    def _outputs(self, batch: Tensor, first: int, count: int) -> Iterator[Any]:
+        """What the model returns under each of ``count`` functions, made in one pass."""
+        with fixed_sample(self.model, self.seed, sample=first), weight_samples(self.model, count):
+            output = self.model(batch)
+        n = len(batch)
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor) and (not value.ndim or len(value) != count * n):
+                raise ValueError(
+                    f"model: expected an output of {count * n} rows for {count} groups of {n}, got "
+                    f"shape {tuple(value.shape)}; a model that needs the whole batch takes "
+                    "samples_per_pass=1"
+                )
+        for s in range(count):
+            yield tree_map_only(Tensor, lambda value, s=s: value[s * n : (s + 1) * n], output)
+
+
+@dataclass
+class _Running:
+    """Mean and variance over functions, one after the other (Welford), and sums of the rest."""
+
+    likelihood: Likelihood
+    keep_samples: bool
+    count: int = 0
+    mean: Tensor | None = None
+    squares: Tensor | None = None
+    variance: Tensor | None = None
+    entropy: Tensor | None = None
+    samples: list[Tensor] = field(default_factory=list)
+
+    def add(self, moments: Moments) -> None:
+        """Takes one function in."""
+        self.count += 1
+        if self.keep_samples:
+            self.samples.append(moments.mean)
+        if self.mean is None or self.squares is None:
+            self.mean, self.squares = moments.mean.clone(), torch.zeros_like(moments.mean)
+            self.variance, self.entropy = moments.variance, moments.entropy
+            return
+        difference = moments.mean - self.mean
+        self.mean += difference / self.count
+        self.squares += difference * (moments.mean - self.mean)
+        if moments.variance is not None:
+            self.variance = self.variance + moments.variance
+        if moments.entropy is not None:
+            self.entropy = self.entropy + moments.entropy
+
+    def result(self) -> Prediction:
+        """What has been gathered."""
+        assert self.mean is not None
+        assert self.squares is not None
+        spread = self.squares / self.count
+        entropy = self.likelihood.entropy(self.mean)
+        expected = None if self.entropy is None else self.entropy / self.count
+        information = None
+        if entropy is not None and expected is not None:
+            information = (entropy - expected).clamp_min(0)
+        noise = None if self.variance is None else self.variance / self.count
+        return Prediction(
+            mean=self.mean,
+            variance=spread if noise is None else spread + noise,
+            entropy=entropy,
+            expected_entropy=expected,
+            mutual_information=information,
+            aleatoric_variance=noise,
+            epistemic_variance=None if noise is None else spread,
+            samples=torch.stack(self.samples) if self.keep_samples else None,
+        )
+
+
+def _concatenated(parts: list[Prediction]) -> Prediction:
+    """The rows of several batches; ``samples`` has them on its second axis."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = {}
+    for name in (entry.name for entry in fields(Prediction)):
+        values = [getattr(part, name) for part in parts]
+        axis = 1 if name == "samples" else 0
+        joined[name] = None if values[0] is None else torch.cat(values, axis)
+    return Prediction(**joined)
+
+
+def _optional(name: str, value: int | None) -> int | None:
+    return None if value is None else _arguments.integer(name, value, 1)
+
+
+def _check_rows(batch: object) -> None:
+    if not isinstance(batch, Tensor):
+        raise TypeError(
+            "x: expected a tensor, or an iterable of tensors or of tuples that begin with one, got "
+            f"{_arguments.type_name(batch)} in it"
+        )
+    if not batch.ndim:
+        raise ValueError("x: expected rows, got a tensor without dimensions")
+
+
+def _largest_output(model: nn.Module, row: Tensor) -> int:
+    """Bytes of the largest output of a module, for these rows; no noise is drawn."""
+    model = getattr(model, "_orig_mod", model)  # compiled modules do not call new hooks
+    sizes = [row.numel() * row.element_size()]
+
+    def note(_module: nn.Module, _input: Any, output: Any) -> None:
+        tensors = (value for value in tree_leaves(output) if isinstance(value, Tensor))
+        sizes.extend(value.numel() * value.element_size() for value in tensors)
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        with mean_weights(model):
+            model(row)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(sizes)
+
+
+@contextmanager
+def _bar(num_samples: int, batches: Any, wanted: bool | None) -> Iterator[Any]:
+    """What to call after every sample of a batch; a bar advances with it where one is wanted."""
+    tqdm = None
+    if wanted is not False:
+        try:
+            from tqdm import tqdm
+        except ImportError as error:
+            if wanted:
+                raise ImportError(
+                    "progress: expected tqdm to be installed, got none; pip install tqdm, or "
+                    "progress=False"
+                ) from error
+    if tqdm is None:
+        with nullcontext():
+            yield lambda: None
+        return
+    total = num_samples * len(batches) if hasattr(batches, "__len__") else None
+    delay, disable = (0.0, False) if wanted else (_QUIET_SECONDS, None)
+    options = {"delay": delay, "disable": disable, "desc": "predict", "unit": "sample"}
+    with tqdm(total=total, leave=False, **options) as bar:
+        yield lambda: bar.update() and None
