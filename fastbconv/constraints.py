@@ -170,7 +170,18 @@ def get(identifier: ConstraintLike, name: str = "constraint") -> Constraint | No
 
 
 def serialize(constraint: Any) -> dict[str, Any]:
-    """A JSON-safe description of an object of this module, which ``get`` reads."""
+    """A JSON-safe description of an object of this module, which ``get`` reads.
+
+    Args:
+        constraint: an object of this module.
+
+    Returns:
+        A dictionary with the class names of Keras.
+
+    Example:
+        >>> serialize(NonNeg())
+        {'class_name': 'NonNeg', 'config': {}}
+    """
     return _named.serialize(constraint)
 
 

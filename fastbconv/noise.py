@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import integer, type_name
-from ._noise_mirror import STREAMS as STREAMS
+from ._noise_mirror import STREAMS as _STREAMS
 from ._noise_mirror import (
     check_words,
     children_of,
@@ -49,8 +49,27 @@ __all__ = [
 ]
 
 
+STREAMS: Final[dict[str, int]] = _STREAMS
+"""Name -> number of the streams: draws of different streams are unrelated."""
+
+
 def stream_id(stream: str | int) -> int:
-    """The number of a noise stream, from its name."""
+    """The number of a noise stream, from its name.
+
+    Args:
+        stream: a name, one of ``STREAMS``, or a number.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: an unknown name, or a negative number.
+        TypeError: neither a string nor an integer.
+
+    Example:
+        >>> stream_id("bias")
+        1
+    """
     if isinstance(stream, str):
         if stream not in STREAMS:
             raise ValueError(f"stream: expected one of {sorted(STREAMS)}, got {stream!r}")
@@ -128,8 +147,22 @@ def draw_seed(
     The ``generator`` keyword is passed even when it is None: without it the compiler would replace
     the draw by one of its own stream, and a compiled layer would differ from an eager one.
 
+    Args:
+        generator: where the seed is drawn from; None: PyTorch's default generator of the device.
+        device: of the seed, and of the generator.
+
+    Returns:
+        int64 tensor (2,). The offset of a rank (``rank_offset``) is not in it.
+
     Raises:
         NotImplementedError: a generator object is given while torch.compile is tracing.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> first = draw_seed()
+        >>> _ = torch.manual_seed(0)
+        >>> torch.equal(draw_seed(), first)
+        True
     """
     if generator is not None and torch.compiler.is_compiling():
         raise NotImplementedError(
@@ -153,8 +186,13 @@ def derive(seed: int | Tensor, index: int) -> Tensor:
         int64 tensor (2,): key = word 0 | word 1 << 32, offset = word 2 | word 3 << 32.
 
     Raises:
-        ValueError: ``index`` is negative.
-        TypeError: ``index`` is no integer.
+        ValueError: ``index`` is negative, or a seed of another shape.
+        TypeError: ``index`` is no integer, or a seed of another type.
+
+    Example:
+        >>> first, second = derive(7, 0), derive(7, 1)
+        >>> torch.equal(first, second)
+        False
     """
     parent = seed_tensor(seed)
     if not isinstance(index, Tensor):
@@ -167,6 +205,21 @@ def derive_range(seed: int | Tensor, first: int, count: int) -> Tensor:
     """The children ``first`` to ``first + count`` of a seed, as ``derive`` gives them: (count, 2).
 
     One launch on a device that the native library serves.
+
+    Args:
+        seed: the parent, as in ``derive``.
+        first: number of the first child.
+        count: how many.
+
+    Returns:
+        int64 tensor (count, 2).
+
+    Raises:
+        ValueError, TypeError: a seed that ``seed_tensor`` does not take.
+
+    Example:
+        >>> torch.equal(derive_range(7, 2, 3)[1], derive(7, 3))
+        True
     """
     parent = seed_tensor(seed)
     native = _native_ops(parent.device)
@@ -181,6 +234,9 @@ def derive_range(seed: int | Tensor, first: int, count: int) -> Tensor:
 def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
     """Ten rounds of Philox4x32: the generator of all noise, as the kernels compute it.
 
+    J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011
+    (doi:10.1145/2063384.2063405). The example is one of its published known answers.
+
     Args:
         counter: (..., 4) int64 holding uint32 values.
         key: (..., 2) int64 holding uint32 values; leading dimensions broadcast.
@@ -191,6 +247,11 @@ def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
     Raises:
         TypeError: another dtype.
         ValueError: another last dimension.
+
+    Example:
+        >>> words = philox4x32_10(torch.zeros(4, dtype=torch.int64), torch.zeros(2).long())
+        >>> [f"{word:08x}" for word in words.tolist()]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
     check_words("counter", counter, 4)
     check_words("key", key, 2)
@@ -214,6 +275,9 @@ def standard_normal(
 ) -> Tensor:
     """Standard-normal draws: the row-major index is the element number.
 
+    Two words of Philox make two normals by the transformation of G. Box, M. Muller, "A note on the
+    generation of random normal deviates", Annals of Mathematical Statistics 29, 1958.
+
     Args:
         seed: an int ``n``, meaning ``(n, 0)``, or an int64 tensor of shape (2,).
         shape: shape of the result.
@@ -226,6 +290,12 @@ def standard_normal(
 
     Raises:
         ValueError: a negative size or offset, or an unknown stream.
+        TypeError: an argument of another type.
+
+    Example:
+        >>> draws = standard_normal(7, (1000,))
+        >>> torch.equal(standard_normal(7, (10,), element_offset=5), draws[5:15])
+        True
     """
     return _draw("standard_normal", seed, shape, sample, stream, element_offset)
 
@@ -258,6 +328,7 @@ def random_signs(
 
     Raises:
         ValueError: a negative size or offset, or an unknown stream.
+        TypeError: an argument of another type.
 
     Example:
         >>> random_signs(7, (2, 3)).abs().sum()
@@ -313,6 +384,10 @@ def weight_eps(
 
     Returns:
         float32 tensor of shape ``weight_shape``, a view whose memory is in KRSC order.
+
+    Raises:
+        ValueError: a negative size or offset, or an unknown stream.
+        TypeError: an argument of another type.
 
     Example:
         >>> eps = weight_eps(7, (8, 3, 5, 5))

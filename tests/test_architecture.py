@@ -33,7 +33,8 @@ ALLOWED = {
     "contexts": "kl",
     "_named": "",  # objects with a Keras name and a configuration
     "constraints": "_named",
-    "initializers": "_named",
+    "_initial_values": "_named",  # initialisers that know no fans
+    "initializers": "_initial_values _named",
     "regularizers": "",
     "kl": "_arguments activations",
     "_transforms": "estimators",  # the torch.func path of each operator
