@@ -33,7 +33,10 @@ __all__ = [
 ]
 
 Constraint = Callable[[Tensor], Tensor]
+"""A function ``w -> w``."""
+
 ConstraintLike = str | Mapping[str, Any] | Constraint | None
+"""What ``get`` takes."""
 
 # keras.backend.epsilon()
 _EPSILON = 1e-7

@@ -55,7 +55,10 @@ __all__ = [
 ]
 
 Initializer = Callable[[Sequence[int], torch.dtype], Tensor]
+"""A function ``f(shape, dtype) -> tensor``."""
+
 InitializerLike = str | Mapping[str, Any] | Initializer | None
+"""What ``get`` takes."""
 
 # Standard deviation of a standard normal cut off at two of its own.
 _TRUNCATED_STDDEV = 0.87962566103423978

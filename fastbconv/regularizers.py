@@ -25,7 +25,10 @@ __all__ = [
 ]
 
 Regularizer = Callable[[Tensor], Tensor]
+"""A function of one tensor that returns a 0-dim tensor."""
+
 RegularizerLike = str | Mapping[str, Any] | Regularizer | None
+"""What ``get`` takes."""
 
 
 class L1L2:
