@@ -396,6 +396,5 @@ def apply_constraints(model: nn.Module) -> None:
     Example:
         >>> apply_constraints(nn.Linear(2, 2))    # no layer of ours: nothing to do
     """
-    for module in model.modules():
-        if isinstance(module, VariableStore):
-            module.apply_constraints()
+    for module in (m for m in model.modules() if isinstance(m, VariableStore)):
+        module.apply_constraints()
