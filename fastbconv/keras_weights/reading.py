@@ -44,9 +44,9 @@ def read_keras_weights(path: str | os.PathLike[str]) -> KerasWeights:
     Example:
         >>> import tempfile, numpy as np
         >>> from fastbconv.keras_weights import LayerWeights
-        >>> made = KerasWeights("x", "made by hand", [LayerWeights("conv", (np.zeros((5, 5, 3, 64)),))])
+        >>> layer = LayerWeights("conv", (np.zeros((5, 5, 3, 64)),))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     made.save(f"{folder}/model.npz")
+        ...     KerasWeights("x", "made by hand", [layer]).save(f"{folder}/model.npz")
         ...     weights = read_keras_weights(f"{folder}/model.npz")
         >>> {name: [a.shape for a in arrays] for name, arrays in weights.items()}
         {'conv': [(5, 5, 3, 64)]}
