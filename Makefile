@@ -20,7 +20,7 @@ PINNED := $(PIP) --constraint $(VENV)/torch.txt
 COMMA := ,
 SETTINGS := pyproject.toml setup.py
 
-.PHONY: help train test bench lint format build clean distclean
+.PHONY: help train test bench docs lint format build clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -33,6 +33,10 @@ test: $(VENV)/test.stamp build  ## all tests; ARGS="-k noise -x"
 
 bench: $(VENV)/bench.stamp build  ## timings against the deterministic layer
 	@$(PY) -m fastbconv bench $(ARGS)
+
+docs: $(VENV)/docs.stamp  ## the API reference and the pages as HTML, in build/docs
+	@$(PY) docs/build.py build/docs
+	echo "build/docs/index.html"
 
 lint: $(VENV)/lint.stamp  ## formatters and linter, changing nothing
 	@$(VENV)/bin/ruff check .
@@ -91,6 +95,9 @@ $(VENV)/test.stamp: $(VENV)/base.stamp
 
 $(VENV)/bench.stamp: $(VENV)/base.stamp
 	$(call INSTALL,[bench])
+
+$(VENV)/docs.stamp: $(VENV)/base.stamp
+	$(call INSTALL,[docs])
 
 $(VENV)/lint.stamp: $(VENV)/base.stamp
 	$(call INSTALL,[lint])

@@ -103,6 +103,14 @@ def build_info() -> dict[str, Any]:
         ``cuda_reason``, ``gpus`` (their architectures), ``source_hash``, ``built``
         (``'prebuilt'``, ``'jit'`` or ``'reference'``), ``library`` (path or None), ``cache``
         (folder), ``threads`` and ``attempts`` (what was tried and did not work).
+
+    Raises:
+        FastbconvBuildError: ``FASTBCONV_BACKEND=native``, and the library cannot be built.
+        ValueError: an environment variable of ours with an unknown value.
+
+    Example:
+        >>> build_info()["built"] in ("prebuilt", "jit", "reference")
+        True
     """
     import torch
 

@@ -29,6 +29,11 @@ class data_parallel_group:
 
     Args:
         group: a torch.distributed process group, "world", or None.
+
+    Example:
+        >>> with data_parallel_group(None):    # every rank draws the same weights
+        ...     rank_offset()
+        0
     """
 
     def __init__(self, group: object = "world") -> None:
@@ -48,7 +53,15 @@ class data_parallel_group:
 
 
 def rank_offset() -> int:
-    """What is added to the offset of a drawn seed: ``rank << 48``, 0 outside distributed runs."""
+    """What is added to the offset of a drawn seed: ``rank << 48``, 0 outside distributed runs.
+
+    Returns:
+        An int that fits into 64 bits with sign.
+
+    Example:
+        >>> rank_offset()
+        0
+    """
     group = _GROUP.group
     if group is None or not torch.distributed.is_available():
         return 0

@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__all__ = ["ActivationLike", "Face", "Resolved", "names", "resolve"]
+
 Face = Literal["torch", "keras"]
+"""Whose constants a name has: those of torch.nn.functional or those of Keras."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Resolved:
         param: slope or alpha.
         fn: None where the activation is fused.
         name: how a user would write it; None for a callable of the user's own.
+
+    Example:
+        >>> Resolved(id=1, param=0.0, fn=None, name="relu") == resolve("relu")
+        True
     """
 
     id: int
@@ -143,12 +150,24 @@ _MODULES: Final[dict[type[nn.Module], str]] = {
 
 
 def names(face: Face = "torch") -> tuple[str, ...]:
-    """The names that ``resolve`` knows on a face."""
+    """The names that ``resolve`` knows on a face.
+
+    Args:
+        face: "torch" or "keras".
+
+    Returns:
+        The names, sorted.
+
+    Example:
+        >>> "relu" in names()
+        True
+    """
     fused = [entry.name for entry in FUSED if entry.name != "hard_sigmoid_keras"]
     return tuple(sorted([*fused, *_ALIASES, *_NOT_FUSED]))
 
 
 ActivationLike = str | Callable[[Tensor], Tensor] | Resolved | None
+"""What ``activation=`` takes: a name, a function or a module, or None for the linear one."""
 
 
 def resolve(

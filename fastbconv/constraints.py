@@ -33,7 +33,10 @@ __all__ = [
 ]
 
 Constraint = Callable[[Tensor], Tensor]
+"""A function ``w -> w``."""
+
 ConstraintLike = str | Mapping[str, Any] | Constraint | None
+"""What ``get`` takes."""
 
 # keras.backend.epsilon()
 _EPSILON = 1e-7
@@ -170,7 +173,18 @@ def get(identifier: ConstraintLike, name: str = "constraint") -> Constraint | No
 
 
 def serialize(constraint: Any) -> dict[str, Any]:
-    """A JSON-safe description of an object of this module, which ``get`` reads."""
+    """A JSON-safe description of an object of this module, which ``get`` reads.
+
+    Args:
+        constraint: an object of this module.
+
+    Returns:
+        A dictionary with the class names of Keras.
+
+    Example:
+        >>> serialize(NonNeg())
+        {'class_name': 'NonNeg', 'config': {}}
+    """
     return _named.serialize(constraint)
 
 

@@ -28,7 +28,10 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+__all__ = ["Estimator"]
+
 Estimator = Literal["reparameterization", "flipout", "local"]
+"""The names that ``estimator=`` takes."""
 
 # The operators' numbers.
 ESTIMATOR_ID: Final[dict[str, int]] = {"reparameterization": 0, "flipout": 1, "local": 2}

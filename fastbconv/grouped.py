@@ -67,6 +67,7 @@ def grouped(
 
     Raises:
         ValueError: ``max_weights`` is not positive.
+        TypeError: ``model`` is no module, or an argument of another type.
 
     Example:
         >>> from fastbconv import BayesLinear, collect_kl

@@ -20,6 +20,17 @@ import torch
 from torch import Tensor
 
 from . import _named
+from ._initial_values import (
+    Constant,
+    Identity,
+    Ones,
+    Orthogonal,
+    RandomNormal,
+    RandomUniform,
+    TruncatedNormal,
+    Zeros,
+    refuse_seed,
+)
 
 __all__ = [
     "Constant",
@@ -44,176 +55,15 @@ __all__ = [
 ]
 
 Initializer = Callable[[Sequence[int], torch.dtype], Tensor]
-InitializerLike = str | Mapping[str, Any] | Initializer | None
+"""A function ``f(shape, dtype) -> tensor``."""
 
-# Standard deviation of a standard normal cut off at two of its own, and its mass in between.
+InitializerLike = str | Mapping[str, Any] | Initializer | None
+"""What ``get`` takes."""
+
+# Standard deviation of a standard normal cut off at two of its own.
 _TRUNCATED_STDDEV = 0.87962566103423978
-_TRUNCATED_MASS = math.erf(math.sqrt(2.0))
 _MODES = ("fan_in", "fan_out", "fan_avg")
 _DISTRIBUTIONS = ("truncated_normal", "untruncated_normal", "uniform")
-
-
-# --- fixed values ---------------------------------------------------------------------------------
-
-
-class Zeros(_named.Named):
-    """All values 0."""
-
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(tuple(shape), dtype=dtype)
-
-
-class Ones(_named.Named):
-    """All values 1."""
-
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.ones(tuple(shape), dtype=dtype)
-
-
-class Constant(_named.Named):
-    """All values equal.
-
-    Args:
-        value: the value, a number.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: not finite.
-
-    Example:
-        >>> Constant(-3.0)((2,), torch.float32)
-        tensor([-3., -3.])
-    """
-
-    def __init__(self, value: float = 0.0) -> None:
-        self.value = _named.number("value", value)
-
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.full(tuple(shape), self.value, dtype=dtype)
-
-
-class Identity(_named.Named):
-    """``gain`` on the diagonal of a matrix, 0 elsewhere; two axes only, as in Keras.
-
-    Args:
-        gain: the value on the diagonal.
-    """
-
-    def __init__(self, gain: float = 1.0) -> None:
-        self.gain = _named.number("gain", gain)
-
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if len(shape) != 2:
-            raise ValueError(f"Identity: expected a shape of two axes, got {tuple(shape)}")
-        return self.gain * torch.eye(*shape, dtype=dtype)
-
-
-# --- random values --------------------------------------------------------------------------------
-
-
-class RandomNormal(_named.Named):
-    """N(mean, stddev^2), not truncated.
-
-    Two variables of equal shape get different values: TFP's recorded behaviour, one set of numbers
-    per shape, starts layers equal and is not reproduced.
-
-    Args:
-        mean: mean of the values.
-        stddev: their standard deviation.
-        seed: None; there for Keras's configurations.
-
-    Raises:
-        TypeError: an argument is not a number.
-        ValueError: not finite, or a negative standard deviation.
-        NotImplementedError: a seed.
-
-    Example:
-        >>> RandomNormal(0.0, 0.1)((3, 3, 8, 16), torch.float32).shape
-        torch.Size([3, 3, 8, 16])
-    """
-
-    def __init__(self, mean: float = 0.0, stddev: float = 0.05, seed: None = None) -> None:
-        self.mean = _named.number("mean", mean)
-        self.stddev = _named.number("stddev", stddev, least=0.0)
-        _refuse(seed)
-
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return _empty(shape, dtype).normal_(self.mean, self.stddev).to(dtype)
-
-
-class TruncatedNormal(RandomNormal):
-    """N(mean, stddev^2) within two ``stddev`` of the mean.
-
-    The values' own standard deviation is 0.8796 times ``stddev``. Arguments and exceptions are
-    those of ``RandomNormal``.
-    """
-
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        # The inverse of the distribution function, at uniform values of the part that is kept.
-        uniform = _empty(shape, dtype).uniform_(-_TRUNCATED_MASS, _TRUNCATED_MASS)
-        standard = uniform.erfinv_().mul_(math.sqrt(2.0)).clamp_(-2.0, 2.0)
-        return standard.mul_(self.stddev).add_(self.mean).to(dtype)
-
-
-class RandomUniform(_named.Named):
-    """Uniform between ``minval`` and ``maxval``.
-
-    Args:
-        minval: lower limit.
-        maxval: upper limit.
-        seed: None; there for Keras's configurations.
-
-    Raises:
-        TypeError: an argument is not a number.
-        ValueError: not finite, or the upper limit below the lower one.
-        NotImplementedError: a seed.
-    """
-
-    def __init__(self, minval: float = -0.05, maxval: float = 0.05, seed: None = None) -> None:
-        self.minval = _named.number("minval", minval)
-        self.maxval = _named.number("maxval", maxval, least=self.minval)
-        _refuse(seed)
-
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return _empty(shape, dtype).uniform_(self.minval, self.maxval).to(dtype)
-
-
-class Orthogonal(_named.Named):
-    """``gain`` times an orthogonal matrix, from the QR decomposition of normal values.
-
-    A shape of more than two axes is that of the matrix (all axes but the last, last): with at least
-    as many rows as columns its columns are orthonormal, otherwise its rows are.
-
-    Args:
-        gain: factor of the matrix.
-        seed: None; there for Keras's configurations.
-
-    Raises:
-        TypeError: the gain is not a number.
-        ValueError: the gain is not finite; in the call, a shape of fewer than two axes.
-        NotImplementedError: a seed.
-
-    Example:
-        >>> w = Orthogonal()((3, 3, 2, 8), torch.float64).flatten(0, 2)
-        >>> torch.allclose(w.T @ w, torch.eye(8, dtype=torch.float64))
-        True
-    """
-
-    def __init__(self, gain: float = 1.0, seed: None = None) -> None:
-        self.gain = _named.number("gain", gain)
-        _refuse(seed)
-
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if len(shape) < 2:
-            raise ValueError(
-                f"Orthogonal: expected a shape of at least two axes, got {tuple(shape)}"
-            )
-        rows, columns = math.prod(shape[:-1]), shape[-1]
-        tall = (max(rows, columns), min(rows, columns))
-        q, r = torch.linalg.qr(_empty(tall, dtype).normal_())
-        # With the signs of R's diagonal every orthogonal matrix is equally likely.
-        q = q * r.diagonal().sign()
-        return (self.gain * (q if rows >= columns else q.T)).reshape(tuple(shape)).to(dtype)
 
 
 class VarianceScaling(_named.Named):
@@ -253,7 +103,7 @@ class VarianceScaling(_named.Named):
         self.mode = _one_of("mode", mode, _MODES)
         given = "truncated_normal" if distribution == "normal" else distribution
         self.distribution = _one_of("distribution", given, _DISTRIBUTIONS)
-        _refuse(seed)
+        refuse_seed(seed)
 
     def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         fan_in, fan_out = _fans(shape)
@@ -284,37 +134,119 @@ class _Scaling(VarianceScaling):
 
 
 class GlorotUniform(_Scaling):
-    """Uniform between plus and minus ``sqrt(6 / (fan_in + fan_out))``; Keras's default."""
+    """Uniform between plus and minus ``sqrt(6 / (fan_in + fan_out))``; Keras's default.
+
+    X. Glorot, Y. Bengio, "Understanding the difficulty of training deep feedforward neural
+    networks", AISTATS 2010.
+
+    Args:
+        seed: as in ``VarianceScaling``.
+
+    Raises:
+        NotImplementedError: a seed.
+
+    Example:
+        >>> GlorotUniform()((3, 3, 8, 16), torch.float32).shape
+        torch.Size([3, 3, 8, 16])
+    """
 
     _arguments = (1.0, "fan_avg", "uniform")
 
 
 class GlorotNormal(_Scaling):
-    """Truncated normal of variance ``2 / (fan_in + fan_out)``."""
+    """Truncated normal of variance ``2 / (fan_in + fan_out)``.
+
+    X. Glorot, Y. Bengio, "Understanding the difficulty of training deep feedforward neural
+    networks", AISTATS 2010.
+
+    Args:
+        seed: as in ``VarianceScaling``.
+
+    Raises:
+        NotImplementedError: a seed.
+
+    Example:
+        >>> GlorotNormal()((3, 3, 8, 16), torch.float32).shape
+        torch.Size([3, 3, 8, 16])
+    """
 
     _arguments = (1.0, "fan_avg", "truncated_normal")
 
 
 class HeUniform(_Scaling):
-    """Uniform between plus and minus ``sqrt(6 / fan_in)``."""
+    """Uniform between plus and minus ``sqrt(6 / fan_in)``.
+
+    K. He, X. Zhang, S. Ren, J. Sun, "Delving deep into rectifiers", ICCV 2015 (arXiv:1502.01852).
+
+    Args:
+        seed: as in ``VarianceScaling``.
+
+    Raises:
+        NotImplementedError: a seed.
+
+    Example:
+        >>> HeUniform()((3, 3, 8, 16), torch.float32).shape
+        torch.Size([3, 3, 8, 16])
+    """
 
     _arguments = (2.0, "fan_in", "uniform")
 
 
 class HeNormal(_Scaling):
-    """Truncated normal of variance ``2 / fan_in``."""
+    """Truncated normal of variance ``2 / fan_in``.
+
+    K. He, X. Zhang, S. Ren, J. Sun, "Delving deep into rectifiers", ICCV 2015 (arXiv:1502.01852).
+
+    Args:
+        seed: as in ``VarianceScaling``.
+
+    Raises:
+        NotImplementedError: a seed.
+
+    Example:
+        >>> HeNormal()((3, 3, 8, 16), torch.float32).shape
+        torch.Size([3, 3, 8, 16])
+    """
 
     _arguments = (2.0, "fan_in", "truncated_normal")
 
 
 class LecunUniform(_Scaling):
-    """Uniform between plus and minus ``sqrt(3 / fan_in)``."""
+    """Uniform between plus and minus ``sqrt(3 / fan_in)``.
+
+    Y. LeCun, L. Bottou, G. Orr, K.-R. Müller, "Efficient BackProp", in: Neural Networks: Tricks of
+    the Trade, 1998.
+
+    Args:
+        seed: as in ``VarianceScaling``.
+
+    Raises:
+        NotImplementedError: a seed.
+
+    Example:
+        >>> LecunUniform()((3, 3, 8, 16), torch.float32).shape
+        torch.Size([3, 3, 8, 16])
+    """
 
     _arguments = (1.0, "fan_in", "uniform")
 
 
 class LecunNormal(_Scaling):
-    """Truncated normal of variance ``1 / fan_in``."""
+    """Truncated normal of variance ``1 / fan_in``.
+
+    Y. LeCun, L. Bottou, G. Orr, K.-R. Müller, "Efficient BackProp", in: Neural Networks: Tricks of
+    the Trade, 1998.
+
+    Args:
+        seed: as in ``VarianceScaling``.
+
+    Raises:
+        NotImplementedError: a seed.
+
+    Example:
+        >>> LecunNormal()((3, 3, 8, 16), torch.float32).shape
+        torch.Size([3, 3, 8, 16])
+    """
 
     _arguments = (1.0, "fan_in", "truncated_normal")
 
@@ -368,7 +300,18 @@ def get(identifier: InitializerLike, name: str = "initializer") -> Initializer |
 
 
 def serialize(initializer: Any) -> dict[str, Any]:
-    """A JSON-safe description of an object of this module, which ``get`` reads."""
+    """A JSON-safe description of an object of this module, which ``get`` reads.
+
+    Args:
+        initializer: an object of this module.
+
+    Returns:
+        A dictionary with the class names of Keras.
+
+    Example:
+        >>> serialize(Zeros())
+        {'class_name': 'Zeros', 'config': {}}
+    """
     return _named.serialize(initializer)
 
 
@@ -378,19 +321,6 @@ def _fans(shape: Sequence[int]) -> tuple[int, int]:
         return (math.prod(shape),) * 2
     window = math.prod(shape[:-2])
     return window * shape[-2], window * shape[-1]
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    wide = dtype if dtype == torch.float64 else torch.float32
-    return torch.empty(tuple(shape), dtype=wide)
-
-
-def _refuse(seed: object) -> None:
-    if seed is not None:
-        raise NotImplementedError(
-            f"seed: expected None, got {seed!r}; values come from PyTorch's generator, so call "
-            "torch.manual_seed before the layer is built"
-        )
 
 
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> str:

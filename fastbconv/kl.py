@@ -37,9 +37,11 @@ class NormalPrior:
 
 @dataclass(frozen=True)
 class ScaleMixture:
-    """pi N(0, s1^2) + (1 - pi) N(0, s2^2) per element ("Weight uncertainty in neural networks").
+    """pi N(0, s1^2) + (1 - pi) N(0, s2^2) per element.
 
-    There is no closed form: the KL is that of the weights in use, log q(w) - log p(w).
+    There is no closed form: the KL is that of the weights in use, log q(w) - log p(w), in nats.
+    C. Blundell, J. Cornebise, K. Kavukcuoglu, D. Wierstra, "Weight uncertainty in neural networks",
+    ICML 2015 (arXiv:1505.05424).
 
     Args:
         pi: weight of the first component, in (0, 1).
@@ -48,6 +50,11 @@ class ScaleMixture:
 
     Raises:
         ValueError: ``pi`` outside (0, 1) or a scale that is not positive.
+
+    Example:
+        >>> prior = ScaleMixture(pi=0.5, s1=1.0, s2=0.1)
+        >>> bool(prior.log_prob(torch.tensor(0.0)) > prior.log_prob(torch.tensor(1.0)))
+        True
     """
 
     pi: float

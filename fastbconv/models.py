@@ -32,6 +32,9 @@ def bayesian_layers(model: nn.Module) -> list[nn.Module]:
 def kl_loss(model: nn.Module, n_data: float | None = None, beta: float = 1.0) -> Tensor:
     """beta * (sum of the KL of all layers) / n_data: what is added to the mean NLL of a batch.
 
+    The KL is a sum over all weights, in nats. docs/elbo.md says what ``n_data`` is for losses of
+    other forms.
+
     Args:
         model: any module; a layer that occurs twice counts once.
         n_data: number of training examples; None: not divided.
@@ -42,6 +45,7 @@ def kl_loss(model: nn.Module, n_data: float | None = None, beta: float = 1.0) ->
 
     Raises:
         ValueError: ``n_data`` is not positive.
+        TypeError: ``n_data`` is no number, or ``model`` no module.
 
     Example:
         >>> from fastbconv import BayesLinear
@@ -60,12 +64,43 @@ def kl_loss(model: nn.Module, n_data: float | None = None, beta: float = 1.0) ->
 
 
 def losses(model: nn.Module) -> list[Tensor]:
-    """The losses of all Bayesian layers as one flat list: KL, activity, regularisers."""
+    """The losses of all Bayesian layers as one flat list: KL, activity, regularisers.
+
+    Args:
+        model: any module.
+
+    Returns:
+        0-dim tensors, in the order of the layers; a KL is a sum in nats, divided by nothing.
+
+    Raises:
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> from fastbconv import BayesLinear
+        >>> model = nn.Sequential(BayesLinear(3, 2), BayesLinear(2, 2, prior=None))
+        >>> len(losses(model))
+        1
+    """
     return [loss for layer in bayesian_layers(model) for loss in layer.losses]
 
 
 def regularization_loss(model: nn.Module) -> Tensor:
-    """Sum of the losses that are no KL (activity, variable regularisers), divided by nothing."""
+    """Sum of the losses that are no KL (activity, variable regularisers), divided by nothing.
+
+    Args:
+        model: any module.
+
+    Returns:
+        0-dim tensor; zero where no layer has such a loss.
+
+    Raises:
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> from fastbconv import BayesLinear
+        >>> regularization_loss(BayesLinear(3, 2))
+        tensor(0.)
+    """
     terms = [
         loss
         for layer in bayesian_layers(model)
@@ -91,6 +126,9 @@ def param_groups(
 
     Returns:
         Up to three groups, each with a ``name``: "posterior", "rho", "other".
+
+    Raises:
+        TypeError: ``model`` is no module.
 
     Example:
         >>> from fastbconv import BayesLinear
@@ -176,9 +214,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[
 def collect_kl(model: nn.Module) -> Iterator[KlCollector]:
     """Collects the KL that the fused forward passes inside compute anyway.
 
+    Args:
+        model: any module.
+
     Yields:
-        A collector; ``sum()`` is the plain sum over layers, attached to the graph. A layer that
-        runs twice counts once. The terms are held by the collector, not by the modules.
+        A collector; ``sum()`` is the plain sum over layers in nats, attached to the graph. A layer
+        that runs twice counts once. The terms are held by the collector, not by the modules.
+
+    Raises:
+        TypeError: ``model`` is no module.
 
     Example:
         >>> from fastbconv import BayesLinear
@@ -216,7 +260,15 @@ def fixed_sample(model: nn.Module, seed: int | Tensor, *, sample: int = 0) -> It
             of ``predict(model, x, seed=seed)`` and of ``weight_samples``.
 
     Raises:
-        ValueError: ``sample`` is negative.
+        TypeError: ``model`` is no module, or ``seed`` neither an int nor an int64 tensor.
+        ValueError: a seed of another shape, or of more than 64 bits; ``sample`` is negative.
+
+    Example:
+        >>> from fastbconv import BayesLinear
+        >>> model, x = BayesLinear(3, 2), torch.ones(1, 3)
+        >>> with fixed_sample(model, seed=1):
+        ...     torch.equal(model(x), model(x))
+        True
     """
     layers = bayesian_layers(model)
     with installed(layers, seeds_of_layers(layers, seed, sample)):
@@ -247,6 +299,20 @@ def mean_weights(model: nn.Module) -> Iterator[None]:
     """Every call inside uses the posterior means: no noise is drawn.
 
     With activation checkpointing ``backward()`` belongs into the block, as with ``fixed_sample``.
+
+    Args:
+        model: any module.
+
+    Raises:
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> from fastbconv import BayesLinear
+        >>> model, x = BayesLinear(3, 2), torch.ones(1, 3)
+        >>> with mean_weights(model):
+        ...     y = model(x)
+        >>> bool(torch.isclose(y, x @ model.weight.T + model.bias).all())
+        True
     """
     layers = bayesian_layers(model)
     with installed(layers, [{"mode": "mean", "seed": None}] * len(layers)):
@@ -264,8 +330,18 @@ def build(model: nn.Module, input_shape: Sequence[int | None]) -> nn.Module:
         model: any module.
         input_shape: of the model's input, with the batch; None stands for 1.
 
+    Returns:
+        The model.
+
     Raises:
         ValueError: an entry that is negative.
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> from fastbconv import DenseReparameterization
+        >>> model = build(DenseReparameterization(2), (None, 3))
+        >>> model.count_params()
+        14
     """
     if any(size is not None and size < 0 for size in input_shape):
         raise ValueError(

@@ -18,8 +18,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ._arguments import integer, type_name
-from ._noise_mirror import STREAMS as STREAMS
+from ._arguments import integer
+from ._noise_mirror import STREAMS as _STREAMS
 from ._noise_mirror import (
     check_words,
     children_of,
@@ -32,6 +32,9 @@ from ._noise_mirror import mirror_derive_seeds as mirror_derive_seeds
 from ._noise_mirror import mirror_weight_eps as mirror_weight_eps
 from ._ranks import data_parallel_group as data_parallel_group
 from ._ranks import rank_offset as rank_offset
+from ._seeds import as_int64
+from ._seeds import draw_seed as draw_seed
+from ._seeds import seed_tensor as seed_tensor
 
 __all__ = [
     "STREAMS",
@@ -49,8 +52,27 @@ __all__ = [
 ]
 
 
+STREAMS: Final[dict[str, int]] = _STREAMS
+"""Name -> number of the streams: draws of different streams are unrelated."""
+
+
 def stream_id(stream: str | int) -> int:
-    """The number of a noise stream, from its name."""
+    """The number of a noise stream, from its name.
+
+    Args:
+        stream: a name, one of ``STREAMS``, or a number.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: an unknown name, or a negative number.
+        TypeError: neither a string nor an integer.
+
+    Example:
+        >>> stream_id("bias")
+        1
+    """
     if isinstance(stream, str):
         if stream not in STREAMS:
             raise ValueError(f"stream: expected one of {sorted(STREAMS)}, got {stream!r}")
@@ -58,88 +80,7 @@ def stream_id(stream: str | int) -> int:
     return integer("stream", stream, 0)
 
 
-def _as_int64(value: int) -> int:
-    """The int64 with the bits of ``value`` modulo 2^64."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
 # --- seeds ----------------------------------------------------------------------------------------
-
-
-def seed_tensor(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
-    """The int64 tensor ``(key, offset)`` that the operators take.
-
-    Args:
-        seed: an int ``n`` (NumPy's too), meaning ``(n, 0)``, or an int64 tensor of shape (2,).
-        device: where the tensor is needed; None leaves it where it is.
-
-    Returns:
-        int64 tensor of shape (2,).
-
-    Raises:
-        TypeError: ``seed`` is neither an int nor an int64 tensor.
-        ValueError: the shape is not (2,), the int does not fit into 64 bits, or a tensor on the
-            meta device, which has no values, is to serve another device.
-
-    Example:
-        >>> seed_tensor(7)
-        tensor([7, 0])
-    """
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed: expected an int64 tensor, got {seed.dtype}")
-        if seed.shape != (2,):
-            raise ValueError(f"seed: expected shape (2,), got {tuple(seed.shape)}")
-        if device is None or seed.device == torch.device(device):
-            return seed
-        if seed.device.type == "meta":
-            raise ValueError(
-                f"seed: expected a tensor on {device}, got one on meta, which has no values"
-            )
-        return seed.to(device)
-    seed = _seed_number(seed)
-    if not -(1 << 63) <= seed < 1 << 64:
-        raise ValueError(f"seed: expected an integer of at most 64 bits, got {seed}")
-    if device is None or torch.device(device).type == "cpu":
-        return torch.tensor([_as_int64(seed), 0], dtype=torch.int64)
-    # A copy from the host would wait for the device, and cannot be captured in a graph.
-    tensor = torch.zeros(2, dtype=torch.int64, device=device)
-    tensor[:1].fill_(_as_int64(seed))
-    return tensor
-
-
-def _seed_number(seed: object) -> int:
-    """An int seed; anything with __index__ except the bools is one."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return seed
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(
-            f"seed: expected an int or an int64 tensor of shape (2,), got {type_name(seed)}"
-        )
-    return operator.index(seed)
-
-
-def draw_seed(
-    generator: torch.Generator | None = None, device: torch.device | str | None = None
-) -> Tensor:
-    """A fresh seed from PyTorch's generator: ``torch.manual_seed`` governs it.
-
-    The ``generator`` keyword is passed even when it is None: without it the compiler would replace
-    the draw by one of its own stream, and a compiled layer would differ from an eager one.
-
-    Raises:
-        NotImplementedError: a generator object is given while torch.compile is tracing.
-    """
-    if generator is not None and torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "generator: expected None under torch.compile, got a torch.Generator; draw the seed "
-            "outside the compiled function with fastbconv.noise.draw_seed(generator) and pass it "
-            "as seed="
-        )
-    return torch.randint(
-        -(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator
-    )
 
 
 def derive(seed: int | Tensor, index: int) -> Tensor:
@@ -153,8 +94,13 @@ def derive(seed: int | Tensor, index: int) -> Tensor:
         int64 tensor (2,): key = word 0 | word 1 << 32, offset = word 2 | word 3 << 32.
 
     Raises:
-        ValueError: ``index`` is negative.
-        TypeError: ``index`` is no integer.
+        ValueError: ``index`` is negative, or a seed of another shape.
+        TypeError: ``index`` is no integer, or a seed of another type.
+
+    Example:
+        >>> first, second = derive(7, 0), derive(7, 1)
+        >>> torch.equal(first, second)
+        False
     """
     parent = seed_tensor(seed)
     if not isinstance(index, Tensor):
@@ -167,6 +113,21 @@ def derive_range(seed: int | Tensor, first: int, count: int) -> Tensor:
     """The children ``first`` to ``first + count`` of a seed, as ``derive`` gives them: (count, 2).
 
     One launch on a device that the native library serves.
+
+    Args:
+        seed: the parent, as in ``derive``.
+        first: number of the first child.
+        count: how many.
+
+    Returns:
+        int64 tensor (count, 2).
+
+    Raises:
+        ValueError, TypeError: a seed that ``seed_tensor`` does not take.
+
+    Example:
+        >>> torch.equal(derive_range(7, 2, 3)[1], derive(7, 3))
+        True
     """
     parent = seed_tensor(seed)
     native = _native_ops(parent.device)
@@ -181,6 +142,9 @@ def derive_range(seed: int | Tensor, first: int, count: int) -> Tensor:
 def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
     """Ten rounds of Philox4x32: the generator of all noise, as the kernels compute it.
 
+    J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011
+    (doi:10.1145/2063384.2063405). The example is one of its published known answers.
+
     Args:
         counter: (..., 4) int64 holding uint32 values.
         key: (..., 2) int64 holding uint32 values; leading dimensions broadcast.
@@ -191,6 +155,11 @@ def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
     Raises:
         TypeError: another dtype.
         ValueError: another last dimension.
+
+    Example:
+        >>> words = philox4x32_10(torch.zeros(4, dtype=torch.int64), torch.zeros(2).long())
+        >>> [f"{word:08x}" for word in words.tolist()]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
     check_words("counter", counter, 4)
     check_words("key", key, 2)
@@ -214,6 +183,9 @@ def standard_normal(
 ) -> Tensor:
     """Standard-normal draws: the row-major index is the element number.
 
+    Two words of Philox make two normals by the transformation of G. Box, M. Muller, "A note on the
+    generation of random normal deviates", Annals of Mathematical Statistics 29, 1958.
+
     Args:
         seed: an int ``n``, meaning ``(n, 0)``, or an int64 tensor of shape (2,).
         shape: shape of the result.
@@ -226,6 +198,12 @@ def standard_normal(
 
     Raises:
         ValueError: a negative size or offset, or an unknown stream.
+        TypeError: an argument of another type.
+
+    Example:
+        >>> draws = standard_normal(7, (1000,))
+        >>> torch.equal(standard_normal(7, (10,), element_offset=5), draws[5:15])
+        True
     """
     return _draw("standard_normal", seed, shape, sample, stream, element_offset)
 
@@ -258,6 +236,7 @@ def random_signs(
 
     Raises:
         ValueError: a negative size or offset, or an unknown stream.
+        TypeError: an argument of another type.
 
     Example:
         >>> random_signs(7, (2, 3)).abs().sum()
@@ -288,7 +267,7 @@ def _draw(
         seed,
         math.prod(shape),
         stream=stream_id(stream),
-        sample=_as_int64(operator.index(sample)),
+        sample=as_int64(operator.index(sample)),
         element_offset=element_offset,
     )
     return flat.reshape(shape)
@@ -313,6 +292,10 @@ def weight_eps(
 
     Returns:
         float32 tensor of shape ``weight_shape``, a view whose memory is in KRSC order.
+
+    Raises:
+        ValueError: a negative size or offset, or an unknown stream.
+        TypeError: an argument of another type.
 
     Example:
         >>> eps = weight_eps(7, (8, 3, 5, 5))

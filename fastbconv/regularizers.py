@@ -25,7 +25,10 @@ __all__ = [
 ]
 
 Regularizer = Callable[[Tensor], Tensor]
+"""A function of one tensor that returns a 0-dim tensor."""
+
 RegularizerLike = str | Mapping[str, Any] | Regularizer | None
+"""What ``get`` takes."""
 
 
 class L1L2:
@@ -72,17 +75,51 @@ class L1L2:
 
 
 def l1(l1: float = 0.01) -> L1L2:
-    """``l1 * sum(abs(x))``."""
+    """``l1 * sum(abs(x))``.
+
+    Args:
+        l1: weight of the absolute values.
+
+    Returns:
+        The regulariser.
+
+    Example:
+        >>> float(l1(0.5)(torch.tensor([1.0, -3.0])))
+        2.0
+    """
     return L1L2(l1=l1)
 
 
 def l2(l2: float = 0.01) -> L1L2:
-    """``l2 * sum(x ** 2)``."""
+    """``l2 * sum(x ** 2)``.
+
+    Args:
+        l2: weight of the squares.
+
+    Returns:
+        The regulariser.
+
+    Example:
+        >>> float(l2(0.5)(torch.tensor([1.0, -3.0])))
+        5.0
+    """
     return L1L2(l2=l2)
 
 
 def l1_l2(l1: float = 0.01, l2: float = 0.01) -> L1L2:
-    """``l1 * sum(abs(x)) + l2 * sum(x ** 2)``."""
+    """``l1 * sum(abs(x)) + l2 * sum(x ** 2)``.
+
+    Args:
+        l1: weight of the absolute values.
+        l2: weight of the squares.
+
+    Returns:
+        The regulariser.
+
+    Example:
+        >>> float(l1_l2(0.5, 0.5)(torch.tensor([1.0, -3.0])))
+        7.0
+    """
     return L1L2(l1=l1, l2=l2)
 
 
@@ -123,7 +160,18 @@ def get(identifier: Any, name: str = "regularizer") -> Regularizer | None:
 
 
 def serialize(regularizer: L1L2) -> dict[str, Any]:
-    """A JSON-safe description that ``get`` reads, with the class names of Keras."""
+    """A JSON-safe description that ``get`` reads, with the class names of Keras.
+
+    Args:
+        regularizer: an object of this module.
+
+    Returns:
+        A dictionary.
+
+    Example:
+        >>> serialize(l2(0.5))
+        {'class_name': 'L2', 'config': {'l2': 0.5}}
+    """
     config = regularizer.get_config()
     if not regularizer.l2 and regularizer.l1:
         return {"class_name": "L1", "config": {"l1": config["l1"]}}

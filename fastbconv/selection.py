@@ -57,6 +57,9 @@ class algorithm:
         ValueError: an unknown name.
         TypeError: keep_weight is no bool.
 
+    Winograd's convolutions: A. Lavin, S. Gray, "Fast algorithms for convolutional neural networks",
+    CVPR 2016 (arXiv:1509.09308).
+
     A call that the kernels cannot serve raises NotImplementedError and says why: on a CPU "library"
     does so under torch.use_deterministic_algorithms(True), since the bits of its weight gradient
     depend on the number of threads. On CUDA it is then a deterministic algorithm of cuDNN.

@@ -118,8 +118,8 @@ def summary(model: nn.Module) -> Summary:
     """Per layer: number of weights, KL, quantiles of scale and of |loc| / scale, shares of scales
     that a 16-bit weight rounds away.
 
-    A quantile is the value of that rank, not interpolated. The KL is that of ``kl_loss()``: with a
-    prior without a closed form, of the weights of the last call.
+    A quantile is the value of that rank, not interpolated. The KL, in nats, is that of
+    ``kl_loss()``: with a prior without a closed form, of the weights of the last call.
 
     Args:
         model: any module; a layer that occurs twice has one row.

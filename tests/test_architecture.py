@@ -33,7 +33,8 @@ ALLOWED = {
     "contexts": "kl",
     "_named": "",  # objects with a Keras name and a configuration
     "constraints": "_named",
-    "initializers": "_named",
+    "_initial_values": "_named",  # initialisers that know no fans
+    "initializers": "_initial_values _named",
     "regularizers": "",
     "kl": "_arguments activations",
     "_transforms": "estimators",  # the torch.func path of each operator
@@ -41,7 +42,8 @@ ALLOWED = {
     "ops": "_arguments _fakes _native _transforms activations",
     "_ranks": "",
     "_noise_mirror": "",
-    "noise": "_arguments _noise_mirror _ranks ops",  # the native generator, asked for by name only
+    "_seeds": "_arguments",
+    "noise": "_arguments _noise_mirror _ranks _seeds ops",  # the native generator, by name only
     "selection": "_arguments _native estimators ops",
     "estimators": "",  # how noise enters the affine map
     "_library": "",  # the library's convolution

@@ -78,6 +78,16 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(path.read_text(encoding="utf-8")), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_tests_are_there(page: Path) -> None:
+    """A claim that names its test: `test_name`, or `test_name[check]` for a part of one."""
+    tests = "".join(path.read_text() for path in (DOCS.parent / "tests").rglob("*.py"))
+    for name in re.findall(r"`(test_\w+)", page.read_text(encoding="utf-8")):
+        assert f"def {name}(" in tests, f"{page.name}: {name}"
+    for name in re.findall(r"`(?:test_\w+)?\[(\w+)\]`", page.read_text(encoding="utf-8")):
+        assert f"def {name}(" in tests, f"{page.name}: {name}"
+
+
 def test_the_table_of_layers_is_up_to_date() -> None:
     text = (DOCS / "migrating-from-tfp.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .* \| `fb\.(\w+)` \| (.*) \|$", text, re.MULTILINE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import functools
 import json
 import math
@@ -13,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastbconv as fb
-from fastbconv import _named, initializers
+from fastbconv import initializers
 from fastbconv.initializers import RandomNormal, VarianceScaling
 
 KERNEL = (3, 5, 40, 30)  # fan in 600, fan out 450
@@ -276,8 +274,3 @@ def test_messages_of_the_classes(call: Any, kind: type[Exception], message: str)
 
 def test_numpy_numbers() -> None:
     assert RandomNormal(np.float32(0.5), np.int64(2)) == RandomNormal(0.5, 2.0)
-
-
-@pytest.mark.parametrize("module", [_named, initializers, fb.constraints])
-def test_docstring_examples(module: Any) -> None:
-    assert doctest.testmod(module).failed == 0

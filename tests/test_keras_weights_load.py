@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -299,9 +297,3 @@ def test_layers_of_another_dtype_and_subclasses() -> None:
     weights = made(False, x=numbered("x", (3, 3)))
     assert sources(layer, weights) == ["x by order"]
     assert layer.kernel_posterior_loc.dtype == torch.float64
-
-
-@pytest.mark.parametrize("module", ["contents", "matching", "reading", "hdf5", "checkpoint"])
-def test_docstring_examples(module: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"fastbconv.keras_weights.{module}"))
-    assert result.failed == 0

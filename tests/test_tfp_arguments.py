@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import doctest
-import importlib
 import inspect
 import json
 import re
@@ -311,20 +309,3 @@ def test_modules_list_their_public_names(name: str) -> None:
     assert listed <= set(module.__all__)
     assert all(hasattr(module, key) for key in module.__all__)
     assert not {"torch", "Tensor", "Any", "annotations"} & set(module.__all__)
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "tfp_channels_last",
-        "tfp_config",
-        "tfp_conv",
-        "tfp_dense",
-        "tfp_distributions",
-        "tfp_flipout",
-        "tfp_local",
-    ],
-)
-def test_docstring_examples(module: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"fastbconv.layers.{module}"))
-    assert result.failed == 0

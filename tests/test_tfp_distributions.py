@@ -22,7 +22,7 @@ import fastbconv as fb
 from fastbconv import noise, regularizers
 from fastbconv.initializers import RandomNormal
 from fastbconv.layers import tfp
-from fastbconv.layers.tfp_distributions import SeededNormal, reparameterized
+from fastbconv.layers.tfp_distribution_classes import SeededNormal, reparameterized
 
 
 def _add(**options: Any) -> Tensor:

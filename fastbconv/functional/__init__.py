@@ -4,7 +4,7 @@ Every function is pure: noise is a function of ``seed`` and of element numbers, 
 it, and nothing is kept between calls.
 """
 
-from fastbconv.activations import ActivationLike
+from fastbconv.activations import ActivationLike as ActivationLike
 
 from .conv1d import bayes_conv1d
 from .conv2d import bayes_conv2d
@@ -14,7 +14,6 @@ from .linear import bayes_linear
 from .posterior import kl_normal, sample_posterior
 
 __all__ = [
-    "ActivationLike",
     "bayes_conv1d",
     "bayes_conv2d",
     "bayes_conv3d",

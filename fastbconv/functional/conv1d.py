@@ -73,7 +73,7 @@ def bayes_conv1d(
         output: (rows, K, L_out).
 
     Returns:
-        The output, or (output, kl).
+        The output, or (output, kl), kl in nats.
 
     Raises:
         ValueError: a shape or value that does not fit.

@@ -45,6 +45,9 @@ def bayes_conv2d(
         output = activation(conv2d(input, w_s) + bias_s)
         kl     = sum over elements of KL(N(weight, scale^2) || prior)
 
+    C. Blundell, J. Cornebise, K. Kavukcuoglu, D. Wierstra, "Weight uncertainty in neural networks",
+    ICML 2015 (arXiv:1505.05424); the other estimators have theirs in fastbconv.estimators.
+
     Args:
         input: (N, C, H, W) or (C, H, W), any strides; float32, bfloat16, float16, or float64.
         weight: (K, C/groups, R, S) posterior mean; float32, or float64 with a float64 input.

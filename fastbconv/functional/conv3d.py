@@ -73,7 +73,7 @@ def bayes_conv3d(
         output: (rows, K, D_out, H_out, W_out), in the memory format of ``input``.
 
     Returns:
-        The output, or (output, kl).
+        The output, or (output, kl), kl in nats.
 
     Raises:
         ValueError: a shape or value that does not fit.

@@ -86,7 +86,7 @@ def bayes_conv_transpose2d(
         H_out = (H - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1.
 
     Returns:
-        The output, or (output, kl).
+        The output, or (output, kl), kl in nats.
 
     Raises:
         ValueError: a shape or value that does not fit.

@@ -30,6 +30,7 @@ def kl_normal(
 
     Raises:
         ValueError: shapes or values that do not fit.
+        TypeError: a type or dtype that does not fit.
         NotImplementedError: a prior without a closed form.
 
     Example:
@@ -88,6 +89,11 @@ def sample_posterior(
     Raises:
         ValueError: shapes or values that do not fit.
         TypeError: a type or dtype that does not fit.
+
+    Example:
+        >>> loc = torch.zeros(4, 3, 5, 5)
+        >>> tuple(sample_posterior(loc, loc - 3.0, seed=7, num_samples=2).shape)
+        (2, 4, 3, 5, 5)
     """
     _arguments.tensor("loc", loc)
     _arguments.posterior("loc", loc, rho, loc)

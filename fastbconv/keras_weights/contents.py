@@ -69,6 +69,11 @@ class LayerWeights:
         named: False where the file does not know the layer's name; ``name`` is then its class and
             a number, or the attribute that held it.
         aliases: further names of it.
+
+    Example:
+        >>> layer = LayerWeights("head", (np.zeros((3, 2)), np.zeros((3, 2)), np.zeros(2)))
+        >>> layer.shapes, layer.is_bayesian
+        (((3, 2), (3, 2), (2,)), True)
     """
 
     name: str
@@ -98,12 +103,20 @@ class LayerWeights:
 class KerasWeights(Mapping[str, list[np.ndarray]]):
     """A weight file: a mapping from layer names to lists of arrays, in the file's order.
 
-    Attributes:
+    Args:
         path: where it was read.
-        format: what it is, in words.
-        layers: the same as records, with variable names.
+        kind: what it is, in words; the attribute ``format``.
+        layers: the layers as records, with variable names.
         ordered: whether the order is that of the model. Files that number layers per class know
             the order within a class only.
+
+    Raises:
+        KerasWeightsError: no layers, or two of one name.
+
+    Example:
+        >>> weights = KerasWeights("x", "made by hand", [LayerWeights("head", (np.zeros(2),))])
+        >>> list(weights)
+        ['head']
     """
 
     def __init__(

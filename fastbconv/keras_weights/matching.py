@@ -29,6 +29,10 @@ class LoadedLayer:
         name: the layer's ``name``.
         source: the layer of the file.
         by: "mapping", "name" or "order".
+
+    Example:
+        >>> LoadedLayer("4", "dense", source="head", by="order").source
+        'head'
     """
 
     path: str
@@ -44,6 +48,11 @@ class LoadReport:
     Attributes:
         loaded: the layers that were set.
         left_over: layers of the file that nothing in the model has taken, with their shapes.
+
+    Example:
+        >>> print(LoadReport((LoadedLayer("4", "dense", "head", "order"),), {"conv": ((3, 3),)}))
+        4 <- head (by order)
+        left over: conv [(3, 3)]
     """
 
     loaded: tuple[LoadedLayer, ...]
@@ -116,6 +125,7 @@ def load_keras_weights(
 
     Raises:
         ValueError: a layer that is not built, has no counterpart or another shape.
+        TypeError: ``model`` is no module.
         ModuleNotFoundError: the package for the file's format is missing.
 
     Example:

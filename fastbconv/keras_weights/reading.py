@@ -42,9 +42,14 @@ def read_keras_weights(path: str | os.PathLike[str]) -> KerasWeights:
         ModuleNotFoundError: h5py or tensorflow is needed and not installed.
 
     Example:
-        >>> weights = read_keras_weights("model.weights.h5")        # doctest: +SKIP
-        >>> {name: [a.shape for a in arrays] for name, arrays in weights.items()}  # doctest: +SKIP
-        {'conv': [(5, 5, 3, 64), (5, 5, 3, 64), (64,)]}
+        >>> import tempfile, numpy as np
+        >>> from fastbconv.keras_weights import LayerWeights
+        >>> layer = LayerWeights("conv", (np.zeros((5, 5, 3, 64)),))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     KerasWeights("x", "made by hand", [layer]).save(f"{folder}/model.npz")
+        ...     weights = read_keras_weights(f"{folder}/model.npz")
+        >>> {name: [a.shape for a in arrays] for name, arrays in weights.items()}
+        {'conv': [(5, 5, 3, 64)]}
     """
     path = Path(path)
     checkpoint = find_prefix(path)

@@ -203,6 +203,8 @@ class BayesConv2d(_BayesConv):
     The KL divergence from the prior, ``kl_loss()``, is a plain sum in nats. The loss of a training
     step is ``mean NLL of the batch + fastbconv.kl_loss(model, n_data)``. Noise is drawn in
     ``train()`` and in ``eval()`` alike; ``eval_mode='mean'`` uses the means in ``eval()``.
+    C. Blundell, J. Cornebise, K. Kavukcuoglu, D. Wierstra, "Weight uncertainty in neural networks",
+    ICML 2015 (arXiv:1505.05424).
 
     Args:
         in_channels: channels of the input.

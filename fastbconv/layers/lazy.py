@@ -115,6 +115,9 @@ class LazyBayesConv1d(_LazyConv, BayesConv1d):
     Args:
         arguments: those of BayesConv1d but the first, as in torch.nn.LazyConv1d.
 
+    Shape:
+        as in BayesConv1d.
+
     Raises:
         ValueError: a value that does not fit; at the first call, an input that does not.
         TypeError: a type that does not fit.
@@ -136,6 +139,9 @@ class LazyBayesConv2d(_LazyConv, BayesConv2d):
     Args:
         arguments: those of BayesConv2d but the first, as in torch.nn.LazyConv2d.
 
+    Shape:
+        as in BayesConv2d.
+
     Raises:
         ValueError: a value that does not fit; at the first call, an input that does not.
         TypeError: a type that does not fit.
@@ -156,6 +162,9 @@ class LazyBayesConv3d(_LazyConv, BayesConv3d):
 
     Args:
         arguments: those of BayesConv3d but the first, as in torch.nn.LazyConv3d.
+
+    Shape:
+        as in BayesConv3d.
 
     Raises:
         ValueError: a value that does not fit; at the first call, an input that does not.
@@ -179,6 +188,9 @@ class LazyBayesConvTranspose2d(_LazyConv, BayesConvTranspose2d):
     Args:
         arguments: those of BayesConvTranspose2d but the first, as in torch.nn.LazyConvTranspose2d.
 
+    Shape:
+        as in BayesConvTranspose2d.
+
     Raises:
         ValueError: a value that does not fit; at the first call, an input that does not.
         TypeError: a type that does not fit.
@@ -199,6 +211,9 @@ class LazyBayesLinear(_Lazy, BayesLinear):
 
     Args:
         arguments: those of BayesLinear but the first, as in torch.nn.LazyLinear.
+
+    Shape:
+        as in BayesLinear.
 
     Raises:
         ValueError: a value that does not fit; at the first call, an input that does not.

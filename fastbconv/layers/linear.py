@@ -23,6 +23,8 @@ class BayesLinear(BayesLayer, nn.Linear):
         w      = weight + (floor + softplus(weight_rho)) * eps       one draw, shared by the batch
         output = activation(input w^T + bias)
 
+    See ``BayesConv2d``, also for the KL; the source is the same (arXiv:1505.05424).
+
     Args:
         in_features: size of the last dimension of the input.
         out_features: that of the output.

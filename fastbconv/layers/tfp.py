@@ -32,8 +32,8 @@ from .tfp_conv import (
     Convolution3DReparameterization,
 )
 from .tfp_dense import DenseReparameterization
+from .tfp_distribution_classes import Deterministic
 from .tfp_distributions import (
-    Deterministic,
     default_loc_scale_fn,
     default_mean_field_normal_fn,
     default_multivariate_normal_fn,

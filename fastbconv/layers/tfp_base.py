@@ -24,8 +24,8 @@ from fastbconv.contexts import LayerContext, Sampled
 from fastbconv.estimators import Estimator
 
 from . import tfp_arguments as arguments
-from . import tfp_distributions as distributions
 from .tfp_config import Configurable, NamedActivation
+from .tfp_distribution_classes import reparameterized
 from .tfp_distributions import MeanFieldNormalFn, VariableFn
 from .tfp_draws import DrawLoop
 from .tfp_keras import KerasSurface, layer_name
@@ -227,7 +227,7 @@ class VariationalLayer(DrawLoop, LossBook, Sampler, Configurable, VariableStore,
         if function is None:
             return None
         made = self._create(role, part, function, self._existing_variable)
-        return distributions.reparameterized(made, role) if role.endswith("posterior") else made
+        return reparameterized(made, role) if role.endswith("posterior") else made
 
     @property
     def kernel_posterior(self) -> Any:

@@ -69,6 +69,12 @@ class NamedActivation:
 def register_function(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function under a name that configurations use; a decorator.
 
+    Args:
+        name: by which ``get_config`` writes the function and ``from_config`` finds it.
+
+    Returns:
+        A decorator that returns the function as it is.
+
     Raises:
         ValueError: the name is taken by another function.
 

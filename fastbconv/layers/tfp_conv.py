@@ -216,6 +216,8 @@ class Convolution2DReparameterization(VariationalConv):
 
     Where posterior and tensor functions are the built-in ones, noise is drawn inside the
     convolution from a 16-byte seed and made again in backward; nothing else is stored.
+    C. Blundell, J. Cornebise, K. Kavukcuoglu, D. Wierstra, "Weight uncertainty in neural networks",
+    ICML 2015 (arXiv:1505.05424).
 
     Args:
         filters: number of output channels.

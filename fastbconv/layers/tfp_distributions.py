@@ -9,25 +9,21 @@ recognises them and takes its fused path, and so that they can be written to a c
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, constraints
+from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.kl import kl_divergence as torch_kl_divergence
-from torch.distributions.kl import register_kl
 
 from fastbconv import kl
 from fastbconv.constraints import ConstraintLike
 from fastbconv.initializers import InitializerLike, RandomNormal
 from fastbconv.regularizers import RegularizerLike
 
+from .tfp_distribution_classes import Deterministic, SeededNormal
 from .tfp_variables import resolve_options
 
 VariableFn = Callable[..., Tensor]
@@ -35,112 +31,22 @@ VariableFn = Callable[..., Tensor]
 _SOFTPLUS_THRESHOLD = 40.0
 
 
-# --- distributions --------------------------------------------------------------------------------
-
-
-class SeededNormal(Normal):
-    """A normal whose draws come from ``eps_source(number of the draw)`` where one is set.
-
-    A layer sets it, so that a seed governs the sample whichever path computes it. Successive draws
-    have successive numbers.
-    """
-
-    eps_source: Callable[[int], Tensor] | None = None
-    _drawn = 0
-
-    def __repr__(self) -> str:
-        # A user knows the class that this one stands in for.
-        return super().__repr__().replace(type(self).__name__, "Normal", 1)
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """``loc + scale * eps``, differentiable by loc and scale."""
-        if self.eps_source is None:
-            return super().rsample(torch.Size(sample_shape))
-        count = math.prod(sample_shape)
-        eps = [self.eps_source(self._drawn + draw).to(self.loc) for draw in range(count)]
-        self._drawn += count
-        shape = (*sample_shape, *self.loc.shape)
-        return self.loc + self.scale * (torch.stack(eps) if sample_shape else eps[0]).reshape(shape)
-
-
-class Deterministic(Distribution):
-    """A point mass at ``loc``: sample, mean and mode are ``loc``, the scale is 0.
-
-    ``log_prob`` is 0 at ``loc`` and -inf elsewhere. KL(point mass || p) is *defined* as
-    ``-log p(loc)``, as in TFP; it is not the limit of a divergence of densities.
-    """
-
-    arg_constraints = {"loc": constraints.real}  # noqa: RUF012  torch's own form
-    support = constraints.real
-    has_rsample = True
-
-    def __init__(self, loc: Tensor, validate_args: bool | None = None) -> None:
-        self.loc = loc
-        super().__init__(loc.shape, validate_args=validate_args)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
-
-    @property
-    def mode(self) -> Tensor:
-        return self.loc
-
-    @property
-    def variance(self) -> Tensor:
-        return torch.zeros_like(self.loc)
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """``loc``, expanded."""
-        return self.loc.expand(torch.Size(sample_shape) + self.loc.shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        zero = torch.zeros_like(self.loc)
-        return torch.where(value == self.loc, zero, torch.full_like(zero, -torch.inf))
-
-    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> Deterministic:
-        return Deterministic(self.loc.expand(tuple(batch_shape)), validate_args=False)
-
-
-@register_kl(Deterministic, Distribution)
-def _kl_point_mass(q: Deterministic, p: Distribution) -> Tensor:
-    return -p.log_prob(q.loc)
-
-
-@functools.lru_cache(maxsize=256)
-def _reparameterized_class(kind: type[Distribution]) -> type[Distribution]:
-    def sample(self: Distribution, sample_shape: Sequence[int] = ()) -> Tensor:
-        """``rsample``: the draw carries gradients."""
-        return self.rsample(torch.Size(sample_shape))
-
-    return type(kind.__name__, (kind,), {"sample": sample, "__module__": kind.__module__})
-
-
-def reparameterized(distribution: Any, what: str = "posterior") -> Any:
-    """The distribution with ``sample`` meaning ``rsample``, as in TFP.
-
-    It is a copy of a dynamic subclass: isinstance and the dispatch of KL divergences go on working.
-    Without an rsample the distribution is returned as it is, with one warning.
-    """
-    if not isinstance(distribution, Distribution):
-        return distribution
-    if not distribution.has_rsample:
-        warnings.warn(
-            f"{what}: {type(distribution).__name__} has no rsample, so its variables get no "
-            "gradient through the sample",
-            stacklevel=3,
-        )
-        return distribution
-    result = copy.copy(distribution)
-    result.__class__ = _reparameterized_class(type(distribution))
-    return result
-
-
 # --- tensor functions -----------------------------------------------------------------------------
 
 
 def posterior_sample(distribution: Any) -> Tensor:
-    """The default tensor function: one draw, shared by the whole batch."""
+    """The default tensor function: one draw, shared by the whole batch.
+
+    Args:
+        distribution: the posterior.
+
+    Returns:
+        The drawn tensor, with gradients where the distribution has ``rsample``.
+
+    Example:
+        >>> tuple(posterior_sample(Normal(torch.zeros(2), 1.0)).shape)
+        (2,)
+    """
     return distribution.sample()
 
 
@@ -148,6 +54,16 @@ def posterior_mean(distribution: Any) -> Tensor:
     """The tensor function that uses the mean: ``lambda d: d.mean()`` in TFP.
 
     In PyTorch ``mean`` is a property, so the lambda would be ``lambda d: d.mean``.
+
+    Args:
+        distribution: the posterior.
+
+    Returns:
+        Its mean.
+
+    Example:
+        >>> posterior_mean(Normal(torch.zeros(2), 1.0))
+        tensor([0., 0.])
     """
     return distribution.mean
 
@@ -368,7 +284,17 @@ def default_loc_scale_fn(
 ) -> LocScaleFn:
     """As ``default_mean_field_normal_fn``, for a function that returns the pair (loc, scale).
 
-    The scale is None when ``is_singular``. Use it in a posterior function of your own:
+    Use it in a posterior function of your own.
+
+    Args:
+        is_singular: as in ``default_mean_field_normal_fn``, like all that follows.
+
+    Returns:
+        ``fn(dtype, shape, name, trainable, add_variable_fn)`` that returns (loc, scale), with scale
+        None when ``is_singular``.
+
+    Raises:
+        ValueError, TypeError: as in ``default_mean_field_normal_fn``.
 
     Example:
         >>> make = default_loc_scale_fn()
@@ -394,7 +320,24 @@ def default_multivariate_normal_fn(
     trainable: bool,
     add_variable_fn: VariableFn,
 ) -> Independent:
-    """The default prior: standard normal in every element, without variables."""
+    """The default prior: standard normal in every element, without variables.
+
+    Args:
+        dtype: of its parameters.
+        shape: of the variable that it is the prior of.
+        name: does not matter, nor do the two that follow.
+        trainable: see there.
+        add_variable_fn: see there.
+
+    Returns:
+        An Independent normal of that shape.
+
+    Example:
+        >>> default_multivariate_normal_fn(torch.float32, (3, 2), "kernel_prior", True, None).mean
+        tensor([[0., 0.],
+                [0., 0.],
+                [0., 0.]])
+    """
     del name, trainable, add_variable_fn
     zeros = torch.zeros(tuple(shape), dtype=dtype)
     return Independent(Normal(zeros, torch.ones_like(zeros), validate_args=False), len(shape))

@@ -17,7 +17,7 @@ from ._base import _rank_seed
 from .tfp_affine import AffineEstimator
 from .tfp_conv import VariationalConv
 from .tfp_dense import VariationalDense
-from .tfp_distributions import SeededNormal, reparameterized
+from .tfp_distribution_classes import SeededNormal, reparameterized
 from .tfp_sampling import Call, give_noise
 from .tfp_variables import from_operator, to_operator
 

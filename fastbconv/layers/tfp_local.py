@@ -13,7 +13,7 @@ from fastbconv import estimators, noise
 from .tfp_affine import AffineEstimator
 from .tfp_conv import VariationalConv
 from .tfp_dense import VariationalDense
-from .tfp_distributions import SeededNormal, reparameterized
+from .tfp_distribution_classes import SeededNormal, reparameterized
 from .tfp_sampling import Call
 
 
@@ -117,7 +117,8 @@ class Convolution2DLocalReparameterization(LocalReparameterization, VariationalC
     Every entry of z has the right mean and variance, but the entries are independent, while those
     of a convolution are not: neighbouring pixels share weights. Covariances between pixels are
     dropped. It is another objective, not an estimator of the same ELBO with less variance; for that
-    take ``Convolution2DFlipout``. ``tfp.layers`` has no such layer.
+    take ``Convolution2DFlipout``. ``tfp.layers`` has no such layer. The source, for linear maps, is
+    that of ``DenseLocalReparameterization`` (arXiv:1506.02557).
 
     Args:
         filters: as in ``Convolution2DReparameterization``, like all that follows. The kernel's

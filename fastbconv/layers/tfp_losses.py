@@ -120,7 +120,7 @@ class LossBook(nn.Module):
     # --- what users read --------------------------------------------------------------------------
 
     def kl_loss(self) -> Tensor:
-        """The sum of the divergences of kernel and bias, computed from the variables; 0-dim.
+        """The sum of the divergences of kernel and bias in nats, from the variables; 0-dim.
 
         Raises:
             ValueError: the layer is not built.

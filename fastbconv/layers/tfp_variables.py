@@ -388,7 +388,13 @@ class VariableStore(nn.Module):
 
 
 def apply_constraints(model: nn.Module) -> None:
-    """Applies the constraints of every layer of a model; call it after an optimiser step."""
-    for module in model.modules():
-        if isinstance(module, VariableStore):
-            module.apply_constraints()
+    """Applies the constraints of every layer of a model; call it after an optimiser step.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> apply_constraints(nn.Linear(2, 2))    # no layer of ours: nothing to do
+    """
+    for module in (m for m in model.modules() if isinstance(m, VariableStore)):
+        module.apply_constraints()
