@@ -27,6 +27,7 @@ MODULES = (
     "fastbconv.functional",
     "fastbconv.initializers",
     "fastbconv.keras_weights",
+    "fastbconv.likelihoods",
     "fastbconv.noise",
     "fastbconv.regularizers",
 )

@@ -13,6 +13,8 @@ from typing import Any, Final, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+__all__ = ["Bernoulli", "Categorical", "Function", "Gaussian", "Likelihood", "Moments"]
+
 Name = Literal["categorical", "bernoulli", "gaussian"]
 
 
@@ -24,6 +26,10 @@ class Moments:
         mean: probabilities, or the mean of the target.
         variance: of the target under this function; None where it is not asked for.
         entropy: of the target under this function, in nats; None where it has no use.
+
+    Example:
+        >>> Moments(torch.tensor([[0.25, 0.75]])).variance is None
+        True
     """
 
     mean: Tensor
@@ -178,6 +184,10 @@ class Function:
     Args:
         function: from what the model returned for one batch under one function to a tensor (N, ...)
             of what is to be averaged.
+
+    Example:
+        >>> Function(lambda logits: logits.argmax(1)).moments(torch.tensor([[0.0, 2.0]])).mean
+        tensor([1.], dtype=torch.float64)
     """
 
     function: Callable[[Any], Tensor]

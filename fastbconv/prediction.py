@@ -48,6 +48,12 @@ class Prediction:
         aleatoric_variance: mean of the functions' variances; gaussian only.
         epistemic_variance: variance of the functions' means; gaussian only.
         samples: the functions' own ``mean``, (num_samples, N, ...); with ``keep_samples``.
+
+    Example:
+        >>> from fastbconv import BayesLinear
+        >>> found = predict(BayesLinear(3, 2), torch.ones(4, 3), num_samples=8)
+        >>> tuple(found.mean.shape), tuple(found.entropy.shape)
+        ((4, 2), (4,))
     """
 
     mean: Tensor

@@ -25,13 +25,13 @@ def names(module: str) -> list[str]:
 
 
 def callables() -> dict[str, Any]:
-    """Public functions and classes by their full name."""
+    """Public functions and classes by their full name; protocols have no arguments."""
     return {
         f"{module}.{name}": value
         for module in MODULES
         for name in names(module)
         if inspect.isfunction(value := getattr(importlib.import_module(module), name))
-        or inspect.isclass(value)
+        or (inspect.isclass(value) and not getattr(value, "_is_protocol", False))
     }
 
 
