@@ -180,6 +180,7 @@ struct KernelTable {
 
   ConvKernels<T> direct;     // any convolution
   ConvKernels<T> winograd2;  // what winograd_fits() accepts
+  ConvKernels<T> winograd4;  // the same
   AffineKernels<T> affine;
   int64_t (*activation_grad_workspace)(const ActivationGradParams&, int32_t threads);
   void (*activation_grad)(const ActivationGradParams&, Parallel, void* workspace);
