@@ -119,7 +119,7 @@ for _name, _text, _default in (
     ("direct", "direct kernels", True),
     ("library", "our sampling pass, then PyTorch's convolution", True),
     ("winograd2", "F(2x2, 3x3) kernels", False),
-    ("winograd4", "F(4x4, 3x3) kernels", False),
+    ("winograd4", "F(4x4, 3x3) kernels, whose rounding error is larger", False),
 ):
     _column(
         _name,
