@@ -47,7 +47,8 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 THREE_BY_THREE = ("few", "nine", "image", "dense", "long", "one", "samples", "shared")
 METHODS = {"direct": DIRECT, **WINOGRAD}
-# Times the errors that the others are granted: F(4x4, 3x3) made at most 2.9 times over twelve sets of data.
+# Times the errors that the others are granted: F(4x4, 3x3) made at most 2.9 times, over twelve sets
+# of data.
 SLACK = {WINOGRAD4: 4.0}
 CASES = [
     pytest.param(name, algorithm, id=f"{name}-{method}")

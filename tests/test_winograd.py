@@ -32,8 +32,8 @@ AWKWARD = {
     "single": (2, 1, 9, 10, 1, 2),
 }
 WINOGRAD = pytest.mark.parametrize("algorithm", ["winograd2", "winograd4"])
-# Largest errors as multiples of PyTorch's. Over the sizes here and twenty seeds they were at most 1.1 and
-# 5.5: a third more is allowed to winograd4.
+# Largest errors as multiples of PyTorch's. Over the sizes here and up to twenty seeds they were at
+# most 1.1 and 5.5: a third more is allowed to winograd4.
 MOST = {"winograd2": 2.0, "winograd4": 7.5}
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -137,10 +137,12 @@ def test_signs_agree_with_two_convolutions(size: tuple[Any, ...], algorithm: Any
 def test_float64_is_that_of_the_direct_kernels(
     size: tuple[Any, ...], layout: torch.memory_format, activation: Any, draws: Any, algorithm: Any
 ) -> None:
-    """F(4x4, 3x3) divides, so that not even integers give the same bits; in float64 both are near."""
+    """F(4x4, 3x3) divides: not even integers give the same bits, but in float64 both are near."""
     num_samples, share_input = draws
     rows = size[0] if share_input else size[0] * num_samples
-    leaves = [leaf.detach().double().requires_grad_() for leaf in _leaves((rows, *size[1:]), layout)]
+    leaves = [
+        leaf.detach().double().requires_grad_() for leaf in _leaves((rows, *size[1:]), layout)
+    ]
     results = []
     for name in (algorithm, "direct"):
         with fb.algorithm(name):
