@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastbconv import ops
 
-DIRECT, WINOGRAD2, LIBRARY = 1, 2, 4
-ALGORITHMS = {"direct": DIRECT, "winograd2": WINOGRAD2, "library": LIBRARY}
+DIRECT, WINOGRAD2, WINOGRAD4, LIBRARY = 1, 2, 3, 4
+WINOGRAD = {"winograd2": WINOGRAD2, "winograd4": WINOGRAD4}
+ALGORITHMS = {"direct": DIRECT, **WINOGRAD, "library": LIBRARY}
 ANY_SHAPE = {name: ALGORITHMS[name] for name in ("direct", "library")}
 FLOOR = 2.0**-23
 RELU, SILU, GELU_TANH = 1, 13, 16

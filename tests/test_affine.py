@@ -9,7 +9,7 @@ from typing import Any
 import op_samples as samples
 import pytest
 import torch
-from op_samples import DIRECT, RELU, SILU, WINOGRAD2, tensors
+from op_samples import DIRECT, RELU, SILU, WINOGRAD, WINOGRAD4, tensors
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,9 +46,16 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 THREE_BY_THREE = ("few", "nine", "image", "dense", "long", "one", "samples", "shared")
-CASES = [(name, DIRECT) for name in PROBLEMS] + [(name, WINOGRAD2) for name in THREE_BY_THREE]
-IDS = [f"{name}-{'direct' if method == DIRECT else 'winograd2'}" for name, method in CASES]
-each_case = pytest.mark.parametrize(("name", "method"), CASES, ids=IDS)
+METHODS = {"direct": DIRECT, **WINOGRAD}
+# Times the errors that the others are granted: F(4x4, 3x3) made at most 2.9 times, over twelve sets
+# of data.
+SLACK = {WINOGRAD4: 4.0}
+CASES = [
+    pytest.param(name, algorithm, id=f"{name}-{method}")
+    for method, algorithm in METHODS.items()
+    for name in (PROBLEMS if algorithm == DIRECT else THREE_BY_THREE)
+]
+each_case = pytest.mark.parametrize(("name", "method"), CASES)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -105,7 +112,7 @@ def test_error_is_that_of_pytorch(name: str, method: int, kind: str) -> None:
     exact = step(replayed, arguments, keywords, torch.float64)
     for key, value in exact.items():
         factor = FORWARD_FACTOR if key in ("output", "kl") else GRADIENT_FACTOR
-        assert_ratio(got[key], own[key], value, factor, key)
+        assert_ratio(got[key], own[key], value, factor * SLACK.get(method, 1.0), key)
 
 
 @each_kind
@@ -139,7 +146,7 @@ def test_random_problems(case: int, kind: str) -> None:
     keywords = samples.affine_options(
         KINDS[kind], groups=groups, stride=[stride, 1], activation=rng.choice([0, RELU, SILU]),
         padding=[rng.randint(0, 2) for _ in range(4)], num_samples=draws, share_input=share,
-        algorithm=rng.choice([0, DIRECT, WINOGRAD2] if square else [0, DIRECT]),
+        algorithm=rng.choice([0, *METHODS.values()] if square else [0, DIRECT]),
         row_offset=rng.randint(0, 4), scale_floor=EPS64,
     )  # fmt: skip
     rows = rng.randint(1, 3) * (1 if share else draws)
@@ -155,7 +162,7 @@ def samples_of_priors() -> tuple[str, ...]:
 
 
 @each_kind
-@pytest.mark.parametrize("method", [DIRECT, WINOGRAD2])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize(
     ("extent", "draws", "share"), [(1, 1, False), (4, 2, False), (4, 2, True), (6, 1, False)]
 )
@@ -305,7 +312,7 @@ def test_small_deviations_do_not_leak_into_their_neighbours() -> None:
 
 
 @pytest.mark.parametrize("function", [ops.bconv2d_affine, replayed], ids=["native", "composed"])
-@pytest.mark.parametrize("method", [DIRECT, WINOGRAD2])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_nan_of_the_scale_shows(function: Any, method: int) -> None:
     """The guard of the root is for zeros: it must not turn NaN into an output without noise."""
     arguments, keywords = problem("image", method, "local")

@@ -9,7 +9,7 @@ from typing import Any
 import op_samples as samples
 import pytest
 import torch
-from op_samples import DIRECT, LIBRARY, SILU, WINOGRAD2, options, tensors
+from op_samples import DIRECT, LIBRARY, SILU, WINOGRAD, options, tensors
 from torch import Tensor
 
 from fastbconv import ops
@@ -81,7 +81,8 @@ def _assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # Every problem by the direct kernels, 3x3 filters without stride and groups by Winograd too.
 CASES = [pytest.param(*problem, DIRECT, id=f"{name}-direct") for name, problem in PROBLEMS.items()]
 CASES += [
-    pytest.param(*PROBLEMS[name], WINOGRAD2, id=f"{name}-winograd2")
+    pytest.param(*PROBLEMS[name], algorithm, id=f"{name}-{method}")
+    for method, algorithm in WINOGRAD.items()
     for name in (
         "float32",
         "channels_last",
@@ -106,7 +107,7 @@ def test_same_bits_for_any_number_of_threads(
         _assert_equal(_results(sizes, changes, algorithm), expected)
 
 
-@pytest.mark.parametrize("algorithm", [DIRECT, WINOGRAD2], ids=["direct", "winograd2"])
+@pytest.mark.parametrize("algorithm", [DIRECT, *WINOGRAD.values()], ids=["direct", *WINOGRAD])
 def test_same_bits_from_eight_python_threads(algorithm: int) -> None:
     sizes, changes = PROBLEMS["channels_last"]
     expected = _results(sizes, changes, algorithm)

@@ -9,7 +9,7 @@ import op_samples as samples
 import pytest
 import torch
 from op_catalog import SAMPLES
-from op_samples import ALGORITHMS, LIBRARY, RELU, SILU, options, tensors
+from op_samples import ALGORITHMS, LIBRARY, RELU, SILU, WINOGRAD, options, tensors
 from torch import Tensor
 
 import fastbconv as fb
@@ -118,12 +118,9 @@ def test_output_has_the_layout_of_the_input_and_never_of_the_weight(
 
 
 def test_algorithms_that_cannot_say_why_and_what_can() -> None:
-    with pytest.raises(
-        NotImplementedError, match=r"'winograd4'.*use 'direct', 'library' or 'auto'"
-    ):
-        ops.bconv2d(*tensors(), **options(algorithm=3))
-    with pytest.raises(NotImplementedError, match=r"'winograd2'.*3x3 filters.*use 'direct' or"):
-        ops.bconv2d(*tensors(), **options(algorithm=2, stride=[2, 2]))
+    for name, algorithm in WINOGRAD.items():
+        with pytest.raises(NotImplementedError, match=rf"'{name}'.*3x3 filters.*use 'direct' or"):
+            ops.bconv2d(*tensors(), **options(algorithm=algorithm, stride=[2, 2]))
 
 
 @pytest.mark.parametrize(

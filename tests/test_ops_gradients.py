@@ -11,7 +11,7 @@ from typing import Any
 import op_samples as samples
 import pytest
 import torch
-from op_samples import ALGORITHMS, ANY_SHAPE, GELU_TANH, RELU, SILU, options, tensors
+from op_samples import ALGORITHMS, ANY_SHAPE, GELU_TANH, RELU, SILU, WINOGRAD, options, tensors
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck
 
@@ -65,15 +65,16 @@ def test_gradcheck(geometry: int, algorithm: int) -> None:
         assert gradcheck(function, inputs, fast_mode=True), (bias, num_samples, share_input, prior)
 
 
+@pytest.mark.parametrize("algorithm", WINOGRAD.values(), ids=WINOGRAD)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("bias", BIASES)
-def test_gradcheck_of_winograd(padding: list[int], bias: str) -> None:
+def test_gradcheck_of_winograd(padding: list[int], bias: str, algorithm: int) -> None:
     torch.set_num_threads(1)
     for (num_samples, share_input), prior in itertools.product(DRAWS, PRIORS):
         arguments = tensors(2, 3, 5, 6, 4, dtype=torch.float64, bias=bias, prior=prior)
         keywords = options(
             scale_floor=EPS64, padding=padding, num_samples=num_samples, activation=7,
-            share_input=share_input, algorithm=ALGORITHMS["winograd2"], keep_weight=share_input,
+            share_input=share_input, algorithm=algorithm, keep_weight=share_input,
         )  # fmt: skip
         function, inputs = _output_and_kl(arguments, keywords)
         assert gradcheck(function, inputs, fast_mode=True), (num_samples, share_input, prior)

@@ -149,7 +149,7 @@ def test_a_composed_call_obeys_the_choice(rank: int) -> None:
                 conv(x, w, w, estimator=estimator)
         finally:
             torch.use_deterministic_algorithms(False)
-    for name in ("direct", "winograd2") if rank == 3 else ():
+    for name in ("direct", "winograd2", "winograd4") if rank == 3 else ():
         with fb.algorithm(name), pytest.raises(NotImplementedError, match=f"got '{name}'"):
             conv(x, w, w)
 

@@ -48,13 +48,12 @@ Algorithm method_of(const ConvCall& call, Direction direction) {
       "algorithm: expected one that can compute the ", direction_name(direction),
       " of this convolution, got '", choice.name,
       "': ", choice.reason != nullptr ? choice.reason : "the operator has no library provider");
-  return choice.algorithm == Algorithm::kWinograd2 ? Algorithm::kWinograd2 : Algorithm::kDirect;
+  return choice.algorithm == Algorithm::kLibrary ? Algorithm::kDirect : choice.algorithm;
 }
 
 template <typename T>
 const ConvKernels<T>* kernels_of(const ConvCall& call, Direction direction) {
-  const bool winograd = method_of<T>(call, direction) == Algorithm::kWinograd2;
-  return winograd ? &kernels<T>().winograd2 : &kernels<T>().direct;
+  return &conv_kernels<T>(method_of<T>(call, direction));
 }
 
 template <typename T>

@@ -8,11 +8,6 @@ namespace fbc {
 
 namespace {
 
-template <typename T>
-const ConvKernels<T>& methods(Algorithm method) {
-  return method == Algorithm::kWinograd2 ? kernels<T>().winograd2 : kernels<T>().direct;
-}
-
 // A linear layer's incoming gradient, where it already has the memory and dtype that kernels read.
 bool can_use_as_is(const ConvCall& call, const ConvBackward& back) {
   return back.saved == nullptr && back.grad_output->scalar_type() == call.parameter_dtype() &&
@@ -45,7 +40,7 @@ at::Tensor draw_bias(const ConvCall& call, double* kl) {
 
 template <typename T>
 void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out) {
-  const auto& table = methods<T>(method);
+  const auto& table = conv_kernels<T>(method);
   const auto p = host_posterior_params<T>(call.weight);
   out->output = empty_output(call);
   FpropParams f = {};
@@ -119,7 +114,7 @@ PreActivationGradient activation_backward_direct(const ConvCall& call, const Con
 template <typename T>
 void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor* kept, const at::Tensor& grad,
                   const at::Tensor& grad_input) {
-  const auto& table = methods<T>(method);
+  const auto& table = conv_kernels<T>(method);
   DgradParams d = {};
   d.shape = call.shape;
   d.dtype = d.weight_dtype = dtype_of(call.compute_dtype);
@@ -137,7 +132,7 @@ void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor* kept
 template <typename T>
 void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
                   const PosteriorGrads<T>& grads) {
-  const auto& table = methods<T>(method);
+  const auto& table = conv_kernels<T>(method);
   WgradParams w = {};
   w.shape = call.shape;
   w.dtype = dtype_of(call.compute_dtype);

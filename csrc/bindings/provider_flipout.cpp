@@ -53,14 +53,19 @@ SignTables sign_tables(const ConvCall& call) {
           draw_signs(call, Stream::kSignOutput, call.shape.K)};
 }
 
+// The side of the square of pixels that a weight computes at once.
+int64_t pixels_at_once(Algorithm method) {
+  if (method == Algorithm::kWinograd2) return 2;
+  return method == Algorithm::kWinograd4 ? 4 : 1;
+}
+
 // Whether each vector of an image's weight is used often enough to be formed.
 bool has_row_weights(const ConvCall& call, Algorithm method, Direction direction) {
   const ConvShape& s = call.shape;
-  const bool winograd = method == Algorithm::kWinograd2;
   const int64_t height = direction == Direction::kDgrad ? s.H : s.P;
   const int64_t width = direction == Direction::kDgrad ? s.W : s.Q;
-  const int64_t uses = winograd ? ((height + 1) / 2) * ((width + 1) / 2) : height * width;
-  return uses >= kRowWeightUses;
+  const int64_t side = pixels_at_once(method);
+  return ((height + side - 1) / side) * ((width + side - 1) / side) >= kRowWeightUses;
 }
 
 template <typename T>

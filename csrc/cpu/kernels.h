@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../core/algorithm.h"
 #include "../core/params.h"
 #include "capability.h"
 
@@ -180,6 +181,7 @@ struct KernelTable {
 
   ConvKernels<T> direct;     // any convolution
   ConvKernels<T> winograd2;  // what winograd_fits() accepts
+  ConvKernels<T> winograd4;  // likewise
   AffineKernels<T> affine;
   int64_t (*activation_grad_workspace)(const ActivationGradParams&, int32_t threads);
   void (*activation_grad)(const ActivationGradParams&, Parallel, void* workspace);
@@ -203,6 +205,14 @@ template <typename T>
 const KernelTable<T>& kernels();  // of current_isa()
 const NoiseKernels& noise_kernels();
 const ProbeKernels& probe_kernels(Isa isa);  // of one that the processor has
+
+// Of kDirect, kWinograd2 or kWinograd4.
+template <typename T>
+const ConvKernels<T>& conv_kernels(Algorithm method) {
+  const KernelTable<T>& table = kernels<T>();
+  if (method == Algorithm::kWinograd2) return table.winograd2;
+  return method == Algorithm::kWinograd4 ? table.winograd4 : table.direct;
+}
 
 // Whether the Winograd kernels compute this: 3x3, no stride, no dilation, one group; any padding.
 inline bool winograd_fits(const ConvShape& s) {

@@ -8,7 +8,7 @@ namespace {
 
 const char* never(const ConvProblem&, Direction) { return nullptr; }
 
-const char* winograd2_cannot(const ConvProblem& problem, Direction) {
+const char* winograd_cannot(const ConvProblem& problem, Direction) {
   if (!winograd_fits(problem.shape)) {
     return "it computes 3x3 filters without stride, dilation and groups; use 'direct' or 'auto'";
   }
@@ -109,10 +109,6 @@ bool direct_is_as_fast(const ConvProblem& problem, Direction direction) {
   return false;
 }
 
-const char* winograd4_cannot(const ConvProblem&, Direction) {
-  return "winograd4 has no CPU kernel in this version; use 'direct', 'library' or 'auto'";
-}
-
 const char* only_on_request(const ConvProblem&, Direction) {
   return "its rounding error is larger, so it is taken on request only";
 }
@@ -152,8 +148,8 @@ const char* library_not_chosen(const ConvProblem& problem, Direction direction) 
 }
 
 constexpr Candidate kCandidates[kNumCandidates] = {
-    {Algorithm::kWinograd2, "winograd2", winograd2_cannot, winograd2_not_chosen},
-    {Algorithm::kWinograd4, "winograd4", winograd4_cannot, only_on_request},
+    {Algorithm::kWinograd2, "winograd2", winograd_cannot, winograd2_not_chosen},
+    {Algorithm::kWinograd4, "winograd4", winograd_cannot, only_on_request},
     {Algorithm::kLibrary, "library", library_cannot, library_not_chosen},
     {Algorithm::kDirect, "direct", never, never},
 };

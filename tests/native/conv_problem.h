@@ -72,6 +72,16 @@ T small_integer(Random& random) {
   return static_cast<T>(random.between(-3, 3));
 }
 
+// The methods that compute a problem, and their names.
+inline std::vector<Algorithm> methods_for(const ConvShape& s) {
+  if (!winograd_fits(s)) return {Algorithm::kDirect};
+  return {Algorithm::kDirect, Algorithm::kWinograd2, Algorithm::kWinograd4};
+}
+inline const char* method_name(Algorithm method) {
+  if (method == Algorithm::kDirect) return "direct";
+  return method == Algorithm::kWinograd2 ? "winograd2" : "winograd4";
+}
+
 template <typename T>
 PosteriorParams<T> point_mass(const Problem& p, const std::vector<T>& weight) {
   PosteriorParams<T> q = {};
