@@ -19,6 +19,11 @@ bool is_16_bit(const ConvProblem& problem) {
   return problem.dtype == Dtype::kBFloat16 || problem.dtype == Dtype::kFloat16;
 }
 
+// The direct kernels multiply in bfloat16 instead of float32.
+bool has_pairs(const ConvProblem& problem) {
+  return problem.bf16 && problem.dtype == Dtype::kBFloat16 && pairs_fit(problem.shape);
+}
+
 int64_t winograd_tiles(const ConvShape& s) {
   return s.output_rows() * ((s.P + 1) / 2) * ((s.Q + 1) / 2);
 }
@@ -31,6 +36,7 @@ const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction
   const ConvShape& s = problem.shape;
   const bool weights = direction == Direction::kWgrad;
   if (problem.dtype == Dtype::kFloat64) return "float64 is computed by the direct kernels";
+  if (has_pairs(problem)) return "the direct kernels multiply in bfloat16";
   // The library's weight gradient is its slowest, and it does not like small images.
   const int64_t matrix = s.C * s.K;
   if (is_16_bit(problem) && s.P * s.Q > 16 && (!weights || matrix >= 512 * 512)) {
@@ -97,6 +103,7 @@ bool direct_is_as_fast_in_narrow_groups(const ConvProblem& problem, Direction di
 // Where the direct kernels beat the library, or come within 10 %.
 bool direct_is_as_fast(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
+  if (has_pairs(problem)) return true;
   if (is_16_bit(problem) || problem.isa == Isa::kBaseline) return false;
   if (are_groups_narrow(problem)) return direct_is_as_fast_in_narrow_groups(problem, direction);
   if (s.groups > 1 && (s.channels_per_group() < 16 || s.filters_per_group() < 16)) return false;
