@@ -28,6 +28,7 @@ namespace isa_avx512bf16 {
 #include "pairs.inc"
 #include "transpose.inc"
 #include "noise.inc"
+#include "posterior_chunks.inc"
 #include "posterior.inc"
 #include "posterior_backward.inc"
 #include "activation.inc"
