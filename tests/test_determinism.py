@@ -24,6 +24,15 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "channels_last": ({"N": 6, "C": 32, "H": 8, "W": 8, "K": 64, "channels_last": True}, {}),
     "float64": ({"N": 3, "C": 6, "H": 7, "W": 5, "K": 9, "dtype": torch.float64}, {}),
     "bfloat16": ({"N": 4, "C": 16, "H": 9, "W": 9, "K": 17, "dtype": torch.bfloat16}, {}),
+    "bfloat16-odd": ({"N": 5, "C": 3, "H": 9, "W": 11, "K": 70, "dtype": torch.bfloat16}, {}),
+    "bfloat16-many_weights": (
+        {"N": 3, "C": 520, "H": 7, "W": 5, "K": 264, "dtype": torch.bfloat16, "channels_last": True},
+        {},
+    ),
+    "bfloat16-samples": (
+        {"N": 6, "C": 34, "H": 6, "W": 6, "K": 24, "dtype": torch.bfloat16},
+        {"num_samples": 3, "share_input": True},
+    ),
     "samples": ({"N": 6, "C": 8, "H": 6, "W": 6, "K": 24}, {"num_samples": 3}),
     "shared": ({"N": 2, "C": 8, "H": 6, "W": 6, "K": 24}, {"num_samples": 3, "share_input": True}),
     # Taken apart by draws for one and two threads, shared by more.

@@ -126,6 +126,7 @@ at::Tensor run_dgrad(const ConvCall& call, const Product<T>& product, const at::
   d.shape = s;
   d.dtype = own_dtype<T>();
   d.weight_dtype = product.weight_dtype;
+  d.grad_dtype = own_dtype<T>();
   d.grad = grad.const_data_ptr();
   d.grad_input = out.mutable_data_ptr();
   d.grad_input_stride = image_strides(out);
@@ -145,6 +146,7 @@ void run_wgrad(const Product<T>& product, const at::Tensor& input, const at::Ten
   w.input = source.data;
   w.input_stride = source.stride;
   w.square_input = product.square_input;
+  w.grad_dtype = own_dtype<T>();
   w.grad = grad.const_data_ptr();
   const Parallel parallel = parallel_loop();
   const at::Tensor scratch = workspace(product.wgrad->wgrad_workspace(w, parallel.threads));

@@ -120,7 +120,7 @@ void check_bias(const PosteriorTensors& weight, const PosteriorTensors& bias) {
 
 ConvProblem ConvCall::problem() const {
   return {shape, dtype_of(compute_dtype), format == at::MemoryFormat::ChannelsLast, current_isa(),
-          at::globalContext().deterministicAlgorithms()};
+          current_bf16(), at::globalContext().deterministicAlgorithms()};
 }
 
 at::Tensor empty_output(const ConvCall& call) {

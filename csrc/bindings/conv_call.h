@@ -81,9 +81,12 @@ struct PreActivationGradient {
   at::Tensor grad_bias;  // undefined where not wanted
 };
 
-// grad as (rows, K, P, Q) in NHWC memory and the parameters' dtype.
+// Whether the method reads the gradient in bfloat16 (KernelTable::pairs); else in the parameters' dtype.
+bool reads_bf16_gradient(const ConvCall& call, Algorithm method);
+// grad as (rows, K, P, Q) in NHWC memory; grad_dtype: the parameters', or bfloat16. Bias sums are not rounded.
 template <typename T>
-PreActivationGradient activation_backward_direct(const ConvCall& call, const ConvBackward& back);
+PreActivationGradient activation_backward_direct(const ConvCall& call, const ConvBackward& back,
+                                                 at::ScalarType grad_dtype);
 // grad in the input's dtype and memory format.
 PreActivationGradient activation_backward_library(const ConvCall& call, const ConvBackward& back);
 

@@ -130,7 +130,7 @@ Tensors9 backward(const ConvCall& call, const ConvBackward& back, const at::Tens
     if (mask[0]) grad_input = at::zeros_like(*call.input, call.input->options(), call.format);
     weight.run(host_posterior_params<T>(call.weight));
   } else {
-    const PreActivationGradient z = activation_backward_direct<T>(call, back);
+    const PreActivationGradient z = activation_backward_direct<T>(call, back, call.parameter_dtype());
     grad_bias = z.grad_bias;
     if (mask[0]) grad_input = advised(at::empty(call.input->sizes(), format));
     const at::Tensor wanted_input = mask[0] ? grad_input : at::Tensor();

@@ -203,7 +203,7 @@ py::list explain_conv(const std::vector<int64_t>& input, const std::vector<int64
     throw py::value_error("device: expected 'cpu' or 'cuda', got '" + device + "'");
   }
   const ConvProblem problem = {shape, dtype_by_name(dtype), channels_last, current_isa(),
-                               at::globalContext().deterministicAlgorithms()};
+                               current_bf16(), at::globalContext().deterministicAlgorithms()};
   return rows_of(problem, candidates(), kNumCandidates, select_algorithm);
 }
 

@@ -8,9 +8,14 @@ namespace fbc {
 
 namespace {
 
+template <typename T>
+const ConvKernels<T>& methods(const ConvCall& call, Algorithm method) {
+  return reads_bf16_gradient(call, method) ? kernels<T>().pairs : conv_kernels<T>(method);
+}
+
 // A linear layer's incoming gradient, where it already has the memory and dtype that kernels read.
-bool can_use_as_is(const ConvCall& call, const ConvBackward& back) {
-  return back.saved == nullptr && back.grad_output->scalar_type() == call.parameter_dtype() &&
+bool can_use_as_is(const ConvBackward& back, at::ScalarType grad_dtype) {
+  return back.saved == nullptr && back.grad_output->scalar_type() == grad_dtype &&
          back.grad_output->is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
@@ -25,7 +30,18 @@ PosteriorParams<T> kept_draws(const at::Tensor& draws) {
   return p;
 }
 
+// The gradient in the dtype that the method reads; NHWC stays NHWC.
+at::Tensor gradient_for(const ConvCall& call, Algorithm method, const at::Tensor& grad) {
+  return grad.to(reads_bf16_gradient(call, method) ? at::kBFloat16 : call.parameter_dtype());
+}
+
 }  // namespace
+
+bool reads_bf16_gradient(const ConvCall& call, Algorithm method) {
+  return method == Algorithm::kDirect && call.compute_dtype == at::kBFloat16 &&
+         call.parameter_dtype() == at::kFloat && call.signs.input == nullptr && current_bf16() &&
+         pairs_fit(call.shape);
+}
 
 template <typename T>
 at::Tensor draw_bias(const ConvCall& call, double* kl) {
@@ -40,7 +56,7 @@ at::Tensor draw_bias(const ConvCall& call, double* kl) {
 
 template <typename T>
 void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out) {
-  const auto& table = conv_kernels<T>(method);
+  const auto& table = methods<T>(call, method);
   const auto p = host_posterior_params<T>(call.weight);
   out->output = empty_output(call);
   FpropParams f = {};
@@ -73,7 +89,8 @@ void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out) {
 }
 
 template <typename T>
-PreActivationGradient activation_backward_direct(const ConvCall& call, const ConvBackward& back) {
+PreActivationGradient activation_backward_direct(const ConvCall& call, const ConvBackward& back,
+                                                 at::ScalarType grad_dtype) {
   const auto& table = kernels<T>();
   const ConvShape& s = call.shape;
   ActivationGradParams a = {};
@@ -93,12 +110,13 @@ PreActivationGradient activation_backward_direct(const ConvCall& call, const Con
   a.activation_param = call.options.activation_param;
   const auto options = call.weight.loc->options();
   PreActivationGradient out;
-  if (can_use_as_is(call, back)) {
+  if (can_use_as_is(back, grad_dtype)) {
     out.grad = *back.grad_output;
     if (!back.wants_bias) return out;
   } else {
-    const at::Tensor nhwc = advised(at::empty({a.rows, a.P, a.Q, a.K}, options));
+    const at::Tensor nhwc = advised(at::empty({a.rows, a.P, a.Q, a.K}, options.dtype(grad_dtype)));
     out.grad = nhwc.permute({0, 3, 1, 2});
+    a.grad_dtype = dtype_of(grad_dtype);
     a.grad = nhwc.mutable_data_ptr();
   }
   if (back.wants_bias) {
@@ -114,12 +132,14 @@ PreActivationGradient activation_backward_direct(const ConvCall& call, const Con
 template <typename T>
 void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor* kept, const at::Tensor& grad,
                   const at::Tensor& grad_input) {
-  const auto& table = conv_kernels<T>(method);
+  const auto& table = methods<T>(call, method);
+  const at::Tensor own = gradient_for(call, method, grad);
   DgradParams d = {};
   d.shape = call.shape;
   d.dtype = d.weight_dtype = dtype_of(call.compute_dtype);
   d.signs = call.signs;
-  d.grad = grad.const_data_ptr();
+  d.grad_dtype = dtype_of(own.scalar_type());
+  d.grad = own.const_data_ptr();
   d.grad_input = grad_input.mutable_data_ptr();
   d.grad_input_stride = image_strides(grad_input);
   const Parallel parallel = parallel_loop();
@@ -132,14 +152,16 @@ void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor* kept
 template <typename T>
 void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
                   const PosteriorGrads<T>& grads) {
-  const auto& table = conv_kernels<T>(method);
+  const auto& table = methods<T>(call, method);
+  const at::Tensor own = gradient_for(call, method, grad);
   WgradParams w = {};
   w.shape = call.shape;
   w.dtype = dtype_of(call.compute_dtype);
   w.input = call.input->const_data_ptr();
   w.input_stride = image_strides(*call.input);
   w.signs = call.signs;
-  w.grad = grad.const_data_ptr();
+  w.grad_dtype = dtype_of(own.scalar_type());
+  w.grad = own.const_data_ptr();
   const Parallel parallel = parallel_loop();
   const at::Tensor scratch = workspace(table.wgrad_workspace(w, parallel.threads));
   table.wgrad(w, host_posterior_params<T>(call.weight), grads, parallel, scratch.mutable_data_ptr());
@@ -150,9 +172,11 @@ template at::Tensor draw_bias<double>(const ConvCall&, double*);
 template void forward_direct<float>(const ConvCall&, Algorithm, ConvOutputs*);
 template void forward_direct<double>(const ConvCall&, Algorithm, ConvOutputs*);
 template PreActivationGradient activation_backward_direct<float>(const ConvCall&,
-                                                                 const ConvBackward&);
+                                                                 const ConvBackward&,
+                                                                 at::ScalarType);
 template PreActivationGradient activation_backward_direct<double>(const ConvCall&,
-                                                                  const ConvBackward&);
+                                                                  const ConvBackward&,
+                                                                  at::ScalarType);
 template void dgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor*, const at::Tensor&,
                                   const at::Tensor&);
 template void dgrad_direct<double>(const ConvCall&, Algorithm, const at::Tensor*, const at::Tensor&,

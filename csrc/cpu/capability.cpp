@@ -6,7 +6,7 @@ namespace fbc {
 
 namespace {
 
-// Asks for exactly what the targets of isa_avx2.cpp and isa_avx512.cpp name: a virtual machine may hide
+// Asks for exactly what the targets of the isa_*.cpp files name: a virtual machine may hide
 // any single feature.
 Isa detect() {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -21,6 +21,14 @@ Isa detect() {
   return Isa::kBaseline;
 }
 
+bool detect_bf16() {
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+  return detected_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 std::atomic<Isa> limit{Isa::kAvx512};
 
 }  // namespace
@@ -29,6 +37,13 @@ Isa detected_isa() {
   static const Isa isa = detect();
   return isa;
 }
+
+bool detected_bf16() {
+  static const bool bf16 = detect_bf16();
+  return bf16;
+}
+
+bool current_bf16() { return detected_bf16() && current_isa() == Isa::kAvx512; }
 
 Isa current_isa() {
   const Isa most = limit.load(std::memory_order_relaxed), own = detected_isa();

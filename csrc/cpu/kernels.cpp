@@ -32,6 +32,7 @@ AllTables make_all() {
     all.of_double[2] = isa_avx512::table_double();
     all.noise[2] = isa_avx512::table_noise();
     all.probes[2] = isa_avx512::table_probes();
+    if (detected_bf16()) all.of_float[2].pairs = isa_avx512bf16::table_pairs();
   }
 #endif
   return all;

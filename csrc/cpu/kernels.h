@@ -52,7 +52,8 @@ struct DgradParams {
   Dtype dtype;                  // of grad_input
   Dtype weight_dtype;           // draws are rounded to it
   FlipSigns signs;
-  const void* grad;             // (output_rows, P, Q, K) gradient by the pre-activation, NHWC, acc_t
+  Dtype grad_dtype;             // acc_t; kBFloat16 for KernelTable::pairs
+  const void* grad;             // (output_rows, P, Q, K) gradient by the pre-activation, NHWC
   void* grad_input;             // (N, H, W, C)
   ImageStrides grad_input_stride;
 };
@@ -64,10 +65,11 @@ struct WgradParams {
   ImageStrides input_stride;
   bool square_input;            // the gradient is that of a convolution of input^2
   FlipSigns signs;
-  const void* grad;             // (output_rows, P, Q, K), NHWC, acc_t
+  Dtype grad_dtype;             // acc_t; kBFloat16 for KernelTable::pairs
+  const void* grad;             // (output_rows, P, Q, K), NHWC
 };
 
-// grad = grad_output * activation'(saved), in NHWC and acc_t, with its sum per channel.
+// grad = grad_output * activation'(saved), in NHWC, with its sum per channel.
 struct ActivationGradParams {
   int64_t rows, P, Q, K;        // rows = output_rows
   int64_t num_samples;          // bias sums are per draw: rows / num_samples consecutive rows each
@@ -78,7 +80,8 @@ struct ActivationGradParams {
   ImageStrides saved_stride;
   Activation activation;
   double activation_param;
-  void* grad;                   // (rows, P, Q, K), contiguous NHWC, acc_t; null: only the sums
+  Dtype grad_dtype;             // of grad: acc_t, or kBFloat16
+  void* grad;                   // (rows, P, Q, K), contiguous NHWC; null: only the sums
   void* grad_bias;              // (num_samples, K), acc_t; null: not wanted
 };
 
@@ -180,6 +183,7 @@ struct KernelTable {
                              int64_t k_end);
 
   ConvKernels<T> direct;     // any convolution
+  ConvKernels<T> pairs;      // of bfloat16, in its own arithmetic: what pairs_fit() accepts; null: none
   ConvKernels<T> winograd2;  // what winograd_fits() accepts
   ConvKernels<T> winograd4;  // likewise
   AffineKernels<T> affine;
@@ -218,6 +222,12 @@ const ConvKernels<T>& conv_kernels(Algorithm method) {
 inline bool winograd_fits(const ConvShape& s) {
   return s.R == 3 && s.S == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
          s.dilation_w == 1 && s.groups == 1;
+}
+
+// Whether the kernels for pairs of bfloat16 compute this, where the processor has them: without signs and
+// squares, and not groups of a few channels, which the direct kernels spread over vectors.
+inline bool pairs_fit(const ConvShape& s) {
+  return s.groups == 1 || s.channels_per_group() > 4 || s.filters_per_group() > 4;
 }
 
 double sum_kl_partials(const double* partials, int64_t count);  // in order

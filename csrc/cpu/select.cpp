@@ -19,6 +19,11 @@ bool is_16_bit(const ConvProblem& problem) {
   return problem.dtype == Dtype::kBFloat16 || problem.dtype == Dtype::kFloat16;
 }
 
+// The direct kernels multiply in bfloat16 instead of float32.
+bool has_pairs(const ConvProblem& problem) {
+  return problem.bf16 && problem.dtype == Dtype::kBFloat16 && pairs_fit(problem.shape);
+}
+
 int64_t winograd_tiles(const ConvShape& s) {
   return s.output_rows() * ((s.P + 1) / 2) * ((s.Q + 1) / 2);
 }
@@ -31,6 +36,7 @@ const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction
   const ConvShape& s = problem.shape;
   const bool weights = direction == Direction::kWgrad;
   if (problem.dtype == Dtype::kFloat64) return "float64 is computed by the direct kernels";
+  if (has_pairs(problem)) return "it multiplies in float32, the others in bfloat16";
   // The library's weight gradient is its slowest, and it does not like small images.
   const int64_t matrix = s.C * s.K;
   if (is_16_bit(problem) && s.P * s.Q > 16 && (!weights || matrix >= 512 * 512)) {
@@ -46,6 +52,21 @@ const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction
                                 : (matrix < 256 * 256 ? 64 : matrix < 512 * 512 ? 32 : 16);
   if (winograd_tiles(s) / s.num_samples < least) return "there are too few pixels for the transforms to pay";
   return nullptr;
+}
+
+// Where the kernels for pairs beat the library's, or come within 10 %: not with few vectors in a tile, and not
+// for gradients by the input of 1 x 1 filters, which wait for memory.
+bool pairs_are_as_fast(const ConvProblem& problem, Direction direction) {
+  const ConvShape& s = problem.shape;
+  const int64_t channels = s.channels_per_group(), filters = s.filters_per_group();
+  switch (direction) {
+    case Direction::kFprop: return filters >= 16 || channels <= 8;
+    case Direction::kDgrad:
+      if (s.R * s.S == 1 && s.stride_h * s.stride_w == 1) return channels >= 256;
+      return channels >= 48 || (channels <= 4 && filters >= 32);
+    case Direction::kWgrad: return channels > 16 || filters > 32 || filters < 16;
+  }
+  return false;
 }
 
 bool direct_fprop_is_as_fast(const ConvProblem& problem) {
@@ -86,6 +107,10 @@ bool direct_is_as_fast_in_narrow_groups(const ConvProblem& problem, Direction di
   const ConvShape& s = problem.shape;
   const bool depthwise = s.groups == s.C && s.groups == s.K, forward = direction == Direction::kFprop;
   if (s.C < 16 && s.K < 16) return false;  // less than a vector of channels in all
+  if (is_16_bit(problem)) {
+    const bool strided = s.stride_h * s.stride_w > 1;
+    return problem.isa == Isa::kAvx512 && problem.channels_last && (direction != Direction::kDgrad || strided);
+  }
   if (!depthwise) return true;
   if (!forward && s.C < 24) return false;
   if (direction == Direction::kDgrad && problem.isa != Isa::kAvx512) return false;
@@ -97,8 +122,10 @@ bool direct_is_as_fast_in_narrow_groups(const ConvProblem& problem, Direction di
 // Where the direct kernels beat the library, or come within 10 %.
 bool direct_is_as_fast(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
-  if (is_16_bit(problem) || problem.isa == Isa::kBaseline) return false;
+  if (problem.isa == Isa::kBaseline) return false;
   if (are_groups_narrow(problem)) return direct_is_as_fast_in_narrow_groups(problem, direction);
+  if (has_pairs(problem)) return pairs_are_as_fast(problem, direction);
+  if (is_16_bit(problem)) return false;
   if (s.groups > 1 && (s.channels_per_group() < 16 || s.filters_per_group() < 16)) return false;
   if (s.P * s.Q == 1 && s.H * s.W == 1) return true;  // a linear layer
   switch (direction) {

@@ -17,6 +17,7 @@ struct ConvProblem {
   Dtype dtype;         // of the input: what products are computed in
   bool channels_last;  // memory of the input
   Isa isa;
+  bool bf16;           // the processor multiplies pairs of bfloat16
   bool deterministic;  // the user asked for bits that do not depend on threads
 };
 

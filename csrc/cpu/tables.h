@@ -16,6 +16,9 @@ FBC_DECLARE_ISA(isa_baseline)
 #if defined(__x86_64__)
 FBC_DECLARE_ISA(isa_avx2)
 FBC_DECLARE_ISA(isa_avx512)
+namespace isa_avx512bf16 {
+ConvKernels<float> table_pairs();
+}
 #endif
 }  // namespace fbc
 

@@ -59,7 +59,7 @@ struct Image {
     } else {
       stride = {H * W * (C + extra), W * (C + extra), C + extra, 1};
     }
-    data.assign(static_cast<size_t>(N * stride.n > 0 ? N * stride.n : 1), T(0));
+    data.assign(static_cast<size_t>(N * stride.n > 0 ? N * stride.n : 1), T{});
     base = data.data();
   }
   T& at(int64_t n, int64_t h, int64_t w, int64_t c) {

@@ -115,7 +115,7 @@ void check_convolution(Random& random, const Data& d, Algorithm method, bool wit
                              d.bias[static_cast<size_t>(n / s.rows_per_sample() * s.K + k)]);
         }
   CHECK(near(all, expected, tolerance) && "fprop");
-  const DgradParams g = {s, Dtype::kFloat64, Dtype::kFloat64, signs, d.grad.data(), got_dx.base, got_dx.stride};
+  const DgradParams g = {s, Dtype::kFloat64, Dtype::kFloat64, signs, Dtype::kFloat64, d.grad.data(), got_dx.base, got_dx.stride};
   Workspace backward(table.dgrad_workspace(g, parallel.threads));
   table.dgrad(g, posterior, parallel, backward.data());
   all.clear(), expected.clear();
@@ -127,7 +127,7 @@ void check_convolution(Random& random, const Data& d, Algorithm method, bool wit
           expected.push_back(want_dx.at(n, h, w, c));
         }
   CHECK(near(all, expected, tolerance) && "dgrad");
-  const WgradParams wg = {s, Dtype::kFloat64, x.base, x.stride, !with_signs, signs, d.grad.data()};
+  const WgradParams wg = {s, Dtype::kFloat64, x.base, x.stride, !with_signs, signs, Dtype::kFloat64, d.grad.data()};
   Values got_loc(d.loc.size(), 7.0), got_rho(d.loc.size(), 7.0);
   PosteriorGrads<double> grads = {};
   grads.grad_loc = got_loc.data(), grads.grad_rho = got_rho.data();
