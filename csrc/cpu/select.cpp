@@ -48,8 +48,7 @@ const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction
     return "there are too few channels for the transforms to pay";
   }
   // Many weights: then the direct kernels, too, read them from memory, and more often.
-  const int64_t least = weights ? (matrix < 512 * 512 ? 64 : 192)
-                                : (matrix < 256 * 256 ? 64 : matrix < 512 * 512 ? 32 : 16);
+  const int64_t least = weights || matrix < 256 * 256 ? 64 : matrix < 512 * 512 ? 48 : 32;
   if (winograd_tiles(s) / s.num_samples < least) return "there are too few pixels for the transforms to pay";
   return nullptr;
 }
@@ -91,7 +90,7 @@ bool direct_dgrad_is_as_fast(const ConvProblem& problem) {
 bool direct_wgrad_is_as_fast(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
   const int64_t channels = s.channels_per_group();
-  if (s.R * s.S >= 25 && channels >= 64) return false;
+  if (s.R * s.S >= 25 && (channels >= 64 || channels * s.groups == 1)) return false;
   return s.filters_per_group() > 16 || channels >= 8;
 }
 
