@@ -88,8 +88,8 @@ def test_gradcheck_of_every_activation(activation: int, algorithm: int) -> None:
         scale_floor=EPS64, activation=activation, activation_param=0.7, algorithm=algorithm
     )
     function, inputs = _output_and_kl(arguments, keywords)
-    # exp reaches 8000, and winograd4 rounds all pixels of a tile by its largest: a smaller step would
-    # show that as a gradient of pixels that do not meet.
+    # exp reaches 8000, and winograd4 rounds all pixels of a tile by its largest: a smaller step
+    # would show that as a gradient of pixels that do not meet.
     assert gradcheck(function, inputs, eps=1e-5)
 
 
