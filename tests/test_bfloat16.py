@@ -1,4 +1,4 @@
-"""bfloat16 by the direct kernels: products of pairs, where the processor has them; sums in float32."""
+"""bfloat16 by the direct kernels: products of pairs where the processor has them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,15 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bfloat16": ({"N": 4, "C": 16, "H": 9, "W": 9, "K": 17, "dtype": torch.bfloat16}, {}),
     "bfloat16-odd": ({"N": 5, "C": 3, "H": 9, "W": 11, "K": 70, "dtype": torch.bfloat16}, {}),
     "bfloat16-many_weights": (
-        {"N": 3, "C": 520, "H": 7, "W": 5, "K": 264, "dtype": torch.bfloat16, "channels_last": True},
+        {
+            "N": 3,
+            "C": 520,
+            "H": 7,
+            "W": 5,
+            "K": 264,
+            "dtype": torch.bfloat16,
+            "channels_last": True,
+        },
         {},
     ),
     "bfloat16-samples": (

@@ -152,17 +152,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out is None:
         out = Path("runs") / (Path(given.get("data", "digits")).name or "data")
     with processes.started() as ours:
-        try:
-            _run(given, out, resuming, ours)
-        except TrainError as error:
-            return _failed(ours, 2, str(error))
-        except OSError as error:
-            return _failed(ours, 1, str(error))
-        except KeyboardInterrupt:
-            command = f"python -m fastbconv train --resume --out {shlex.quote(str(out))}"
-            saved = (out / SETTINGS_FILE).exists()
-            advice = f"every epoch with a result line is saved; continue with: {command}"
-            return _failed(ours, 130, f"interrupted; {advice if saved else 'nothing was begun'}")
+        status = _status_of(given, out, resuming, ours)
+    if ours.count > 1:
+        processes.leave(status)
+    return status
+
+
+def _status_of(given: dict[str, Any], out: Path, resuming: bool, ours: Processes) -> int:
+    try:
+        _run(given, out, resuming, ours)
+    except TrainError as error:
+        return _failed(ours, 2, str(error))
+    except OSError as error:
+        return _failed(ours, 1, str(error))
+    except KeyboardInterrupt:
+        command = f"python -m fastbconv train --resume --out {shlex.quote(str(out))}"
+        saved = (out / SETTINGS_FILE).exists()
+        advice = f"every epoch with a result line is saved; continue with: {command}"
+        return _failed(ours, 130, f"interrupted; {advice if saved else 'nothing was begun'}")
     return 0
 
 

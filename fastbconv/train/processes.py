@@ -9,10 +9,13 @@ Only the first process prints, saves and measures.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -99,3 +102,11 @@ def noise(shared: bool) -> Iterator[None]:
     """Weight noise of its own for every process, or the same for all."""
     with fb.noise.data_parallel_group(None if shared else "world"):
         yield
+
+
+def leave(status: int) -> NoReturn:
+    """Ends a process of torchrun without taking the interpreter down: gloo's threads abort that now
+    and then, after the work is done, and torchrun reports a failure."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
