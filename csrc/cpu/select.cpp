@@ -90,7 +90,7 @@ bool direct_dgrad_is_as_fast(const ConvProblem& problem) {
 bool direct_wgrad_is_as_fast(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
   const int64_t channels = s.channels_per_group();
-  if (s.R * s.S >= 25 && (channels >= 64 || channels * s.groups == 1)) return false;
+  if (s.R * s.S >= 25 && channels >= 64) return false;
   return s.filters_per_group() > 16 || channels >= 8;
 }
 
