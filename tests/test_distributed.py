@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torchrun import torchrun
 
 import fastbconv as fb
 
@@ -33,14 +32,7 @@ def _checks() -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left their results."""
     found = tmp_path_factory.mktemp("distributed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(PROGRAM), str(found)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = torchrun(PROGRAM, str(found), seconds=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return found
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torchrun import torchrun
 
 from fastbconv.train import cli, steptime
 from fastbconv.train.processes import Processes
@@ -22,14 +21,7 @@ SMALL += ["--num-samples", "2", "--threads", "1"]
 
 
 def _torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [*command, "--nproc-per-node", "2", str(PROGRAM), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return torchrun(PROGRAM, *arguments, seconds=600)
 
 
 def _history(folder: Path) -> dict[str, list[dict[str, float]]]:

@@ -1,0 +1,39 @@
+"""Programs in several processes of this machine, started by torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# The workers meet at the loopback address: a machine whose own name does not resolve, or resolves
+# to an interface without a route, has it too.
+_COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+_COMMAND += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+
+
+def torchrun(program: Path, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    """What two processes of one thread each have printed; those that hang are killed, all of them.
+
+    Raises:
+        AssertionError: they took longer than ``seconds``; with what they had printed.
+    """
+    command = [*_COMMAND, str(program), *arguments]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun takes its workers along, by force after 30 seconds
+            try:
+                out, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
+            raise AssertionError(f"{command} took over {seconds} s\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
