@@ -2,7 +2,9 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <array>
 #include <initializer_list>
@@ -41,6 +43,16 @@ void refuse_forward_mode(const char* op, const Tensors&... tensors) {
       !(has_tangent(tensors) || ...), op,
       ": expected reverse-mode differentiation, got a dual tensor; forward-mode "
       "derivatives are not implemented, use torch.autograd.grad or torch.func.grad");
+}
+
+// An operator's result in another shape. No view as autograd sees it, for FSDP2 warns of modules that return
+// one; but the operator may have saved its result, so that what changes one in place has to show in the other.
+inline at::Tensor reshaped(const at::Tensor& output, at::IntArrayRef shape) {
+  at::Tensor result = at::_unsafe_view(output, shape);
+  if (!output.is_inference()) {
+    torch::autograd::impl::set_version_counter(result, torch::autograd::impl::version_counter(output));
+  }
+  return result;
 }
 
 inline bool wants_grad(const at::Tensor& tensor) {

@@ -73,7 +73,7 @@ int64_t checked_extent(const char* side, int64_t extent, int64_t before, int64_t
                        int64_t filter, int64_t stride, int64_t dilation) {
   const int64_t outputs = output_extent(extent, before, after, filter, stride, dilation);
   TORCH_CHECK_VALUE(outputs >= 0, "input: expected a ", side, " of at least ",
-                    (filter - 1) * dilation + 1 - before - after, " for a filter of ", filter,
+                    (filter - 1) * dilation + 1 - stride - before - after, " for a filter of ", filter,
                     " with dilation ", dilation, " and padding ", before, " + ", after, ", got ",
                     extent);
   return outputs;

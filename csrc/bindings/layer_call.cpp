@@ -5,7 +5,6 @@
 // messages name what is wrong. Dispatch is that of any call: autograd, autocast and modes come after it.
 #include "layer_call.h"
 
-#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/randint.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -30,17 +29,19 @@ const at::Tensor* exact_tensor(py::handle object) {
 
 // A Python argument that may be None.
 struct Optional {
-  explicit Optional(py::handle object)
-      : absent(object.is_none()), tensor(absent ? nullptr : exact_tensor(object)) {}
-  bool is_unknown() const { return !absent && tensor == nullptr; }
-  OptionalTensor value() const { return tensor == nullptr ? std::nullopt : OptionalTensor(*tensor); }
+  explicit Optional(py::handle object) : absent(object.is_none()) {
+    const at::Tensor* found = absent ? nullptr : exact_tensor(object);
+    if (found != nullptr) tensor = *found;
+  }
+  bool is_unknown() const { return !absent && !tensor.has_value(); }
 
   bool absent;
-  const at::Tensor* tensor;
+  OptionalTensor tensor;  // held: another thread may give the Python object another tensor meanwhile
 };
 
 bool is_like(const at::Tensor& tensor, const at::Tensor& other) {
-  return tensor.scalar_type() == other.scalar_type() && tensor.device() == other.device();
+  return tensor.scalar_type() == other.scalar_type() && tensor.device() == other.device() &&
+         tensor.layout() == at::kStrided;
 }
 
 class LayerCall {
@@ -63,18 +64,18 @@ class LayerCall {
   // The output, or (output, kl) with with_kl; None: not served. seed None: drawn from torch's generator.
   py::object call(py::handle input, py::handle weight, py::handle weight_rho, py::handle bias, py::handle bias_rho,
                   py::handle seed, bool with_kl, int64_t offset_add, int64_t algorithm, bool keep_weight) const {
-    const at::Tensor *x = exact_tensor(input), *loc = exact_tensor(weight), *rho = exact_tensor(weight_rho);
-    const Optional bias_loc(bias), bias_scale(bias_rho), given(seed);
-    if (x == nullptr || loc == nullptr || rho == nullptr || bias_loc.is_unknown() || bias_scale.is_unknown() ||
-        given.is_unknown() || at::impl::torch_function_mode_enabled() || !fits(*x, *loc, *rho, bias_loc, bias_scale) ||
-        !is_seed(given, *x)) {
+    const Optional x(input), loc(weight), rho(weight_rho), bias_loc(bias), bias_scale(bias_rho), given(seed);
+    if (!x.tensor || !loc.tensor || !rho.tensor || bias_loc.is_unknown() || bias_scale.is_unknown() ||
+        given.is_unknown() || at::impl::torch_function_mode_enabled() ||
+        !fits(*x.tensor, *loc.tensor, *rho.tensor, bias_loc.tensor, bias_scale.tensor) ||
+        !is_seed(given.tensor, *x.tensor)) {
       return py::none();
     }
     Tensors4 out;
     {
       const py::gil_scoped_release release;
-      out = dispatch(*x, *loc, *rho, bias_loc.value(), bias_scale.value(), given, with_kl, offset_add, algorithm,
-                     keep_weight);
+      out = dispatch(*x.tensor, *loc.tensor, *rho.tensor, bias_loc.tensor, bias_scale.tensor, given.tensor, with_kl,
+                     offset_add, algorithm, keep_weight);
     }
     py::object output = wrap(std::get<0>(out));
     return with_kl ? py::object(py::make_tuple(output, wrap(std::get<1>(out)))) : output;
@@ -85,17 +86,18 @@ class LayerCall {
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
   }
 
-  bool fits(const at::Tensor& x, const at::Tensor& loc, const at::Tensor& rho, const Optional& bias,
-            const Optional& bias_rho) const {
+  bool fits(const at::Tensor& x, const at::Tensor& loc, const at::Tensor& rho, const OptionalTensor& bias,
+            const OptionalTensor& bias_rho) const {
     const int64_t dim = linear_ ? 2 : 4;
     const bool floating = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
     if (!(x.is_cpu() || (x.is_cuda() && cuda_)) || !floating || x.dim() != dim || loc.dim() != dim) return false;
-    if (!is_like(loc, x) || !is_like(rho, x) || rho.sizes() != loc.sizes()) return false;
+    if (!is_like(x, x) || !is_like(loc, x) || !is_like(rho, x) || rho.sizes() != loc.sizes()) return false;
     if (x.size(1) != loc.size(1) * groups_ || loc.size(0) % groups_ != 0) return false;
-    for (const at::Tensor* part : {bias.tensor, bias_rho.tensor}) {
-      if (part != nullptr && (!is_like(*part, x) || part->dim() != 1 || part->size(0) != loc.size(0))) return false;
+    for (const OptionalTensor* found : {&bias, &bias_rho}) {
+      const OptionalTensor& part = *found;
+      if (part && (!is_like(*part, x) || part->dim() != 1 || part->size(0) != loc.size(0))) return false;
     }
-    if (bias.tensor == nullptr && bias_rho.tensor != nullptr) return false;
+    if (!bias && bias_rho) return false;
     if (linear_) return true;
     for (int64_t i = 0; i < 2; ++i) {  // the filter lies inside the padded image
       const int64_t padded = x.size(2 + i) + padding_[2 * i] + padding_[2 * i + 1];
@@ -104,18 +106,17 @@ class LayerCall {
     return true;
   }
 
-  static bool is_seed(const Optional& seed, const at::Tensor& x) {
-    if (seed.absent) return true;
-    const at::Tensor& s = *seed.tensor;
-    return s.scalar_type() == at::kLong && s.dim() == 1 && s.size(0) == 2 && s.device() == x.device();
+  static bool is_seed(const OptionalTensor& seed, const at::Tensor& x) {
+    if (!seed) return true;
+    return seed->scalar_type() == at::kLong && seed->dim() == 1 && seed->size(0) == 2 && seed->device() == x.device();
   }
 
   Tensors4 dispatch(const at::Tensor& x, const at::Tensor& loc, const at::Tensor& rho, const OptionalTensor& bias,
-                    const OptionalTensor& bias_rho, const Optional& seed, bool with_kl, int64_t offset_add,
+                    const OptionalTensor& bias_rho, const OptionalTensor& seed, bool with_kl, int64_t offset_add,
                     int64_t algorithm, bool keep_weight) const {
     static const auto op = find_op<Bconv2dSignature>("fastbconv::bconv2d");
     const auto call = [&](const at::Tensor& image, const at::Tensor& filter, const at::Tensor& filter_rho) {
-      return op.call(image, filter, filter_rho, bias, bias_rho, seed.absent ? drawn_seed(x) : *seed.tensor,
+      return op.call(image, filter, filter_rho, bias, bias_rho, seed ? *seed : drawn_seed(x),
                      std::nullopt, std::nullopt, std::nullopt, std::nullopt, prior_, with_kl,
                      with_kl && bias_rho.has_value(), scale_floor_, stride_, padding_, dilation_, groups_, activation_,
                      activation_param_, /*num_samples=*/1, /*share_input=*/false, offset_add,
@@ -123,7 +124,7 @@ class LayerCall {
     };
     if (!linear_) return call(x, loc, rho);
     Tensors4 out = call(x.reshape({x.size(0), x.size(1), 1, 1}), as_filter(loc), as_filter(rho));
-    std::get<0>(out) = at::_unsafe_view(std::get<0>(out), {x.size(0), loc.size(0)});
+    std::get<0>(out) = reshaped(std::get<0>(out), {x.size(0), loc.size(0)});
     return out;
   }
 
@@ -148,6 +149,8 @@ class LayerCall {
 }  // namespace
 
 void define_layer_call(py::module_& m) {
+  m.def("reshaped", [](const at::Tensor& output, const std::vector<int64_t>& shape) { return reshaped(output, shape); },
+        "The same memory and version in another shape, and no view: see reshaped() in autograd.h.");
   py::class_<LayerCall>(m, "LayerCall", "The constant arguments of a layer's calls.")
       .def(py::init<std::array<double, 4>, double, std::array<int64_t, 2>, std::array<int64_t, 4>,
                     std::array<int64_t, 2>, int64_t, int64_t, double, bool, bool>(),

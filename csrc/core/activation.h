@@ -90,19 +90,20 @@ FBC_INLINE T activate(T z, T param) {
   return z;
 }
 
-// d activation / d z from y (the output), or from z for the last four.
+// d activation / d z from y (the output), or from z for the last four. Comparisons are such that NaN goes
+// where it goes in torch: a gradient that meets it passes relu.
 template <Activation kActivation, typename T>
 FBC_INLINE T activation_derivative(T saved, T param) {
   using Const = ActivationConstants<T>;
   const T y = saved, z = saved;
   switch (kActivation) {
     case Activation::kLinear: return T(1);
-    case Activation::kRelu: return y > T(0) ? T(1) : T(0);
-    case Activation::kRelu6: return (y > T(0) && y < T(6)) ? T(1) : T(0);
+    case Activation::kRelu: return y <= T(0) ? T(0) : T(1);
+    case Activation::kRelu6: return (y <= T(0) || y >= T(6)) ? T(0) : T(1);
     case Activation::kLeakyRelu: return y > T(0) ? T(1) : param;
-    case Activation::kElu: return y > T(0) ? T(1) : y + param;
+    case Activation::kElu: return y <= T(0) ? y + param : T(1);
     case Activation::kSelu:
-      return y > T(0) ? Const::kSeluScale : y + Const::kSeluScale * Const::kSeluAlpha;
+      return y <= T(0) ? y + Const::kSeluScale * Const::kSeluAlpha : Const::kSeluScale;
     case Activation::kSigmoid: return y * (T(1) - y);
     case Activation::kTanh: return T(1) - y * y;
     case Activation::kSoftplus: return -T(std::expm1(-y));
