@@ -304,7 +304,7 @@ class BayesLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The module without what belongs to the process: contexts and the last seed."""
-        state = self.__dict__.copy()
+        state = super().__getstate__()
         state["_fb_context"] = None
         state["_last_draw"] = None
         state["_prepared"] = None
