@@ -56,6 +56,7 @@ ALLOWED = {
     " functional initializers kl layers noise regularizers",
     "grouped": "_arguments _call contexts layers models noise",
     "models": "_arguments contexts functional kl layers noise",
+    "optimizers": "_arguments models",
     "_surgery": "layers",  # a layer becomes its counterpart
     "convert": "_arguments _surgery estimators kl layers",
     "deterministic": "_surgery activations layers",

@@ -35,7 +35,8 @@ def vanishing(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "module", ["convert", "deterministic", "summary", "prune", "models", "_surgery"]
+    "module",
+    ["convert", "deterministic", "summary", "prune", "models", "optimizers", "_surgery"],
 )
 def test_examples_of_the_docstrings_run(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"fastbconv.{module}")).failed == 0

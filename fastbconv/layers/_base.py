@@ -194,6 +194,15 @@ class BayesLayer(nn.Module):
             total = total + _call.monte_carlo_kl(prior, bias, rho, floor, draw)
         return total
 
+    def _is_ordinary(self, name: str) -> bool:
+        """Whether a parameter of the layer has no term in the KL: that of a bias that is a point
+        mass, under the names that pruning and parametrizations give it too, or an activation's."""
+        first, _, rest = name.partition(".")
+        if first == "parametrizations":
+            first = rest.partition(".")[0]
+        is_bias = first in ("bias", "bias_orig")
+        return first == "activation" or (is_bias and self.bias_rho is None)
+
     @property
     def losses(self) -> list[Tensor]:
         """The KL as a list of one scalar; empty without a prior."""
