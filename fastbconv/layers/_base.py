@@ -219,8 +219,9 @@ class BayesLayer(nn.Module):
         **arguments: Any,
     ) -> Tensor:
         """One forward pass through ``function``, under the layer's context."""
-        context = self._fb_context if seed is None else None
-        mean = self._means_by_itself and seed is None
+        named = seed is not None or generator is not None  # then the call draws, and from that
+        context = None if named else self._fb_context
+        mean = self._means_by_itself and not named
         estimator = self.estimator
         bound, own = context, self._fb_context
         if own is not None and own.num_samples is not None and num_samples == 1:
@@ -228,10 +229,10 @@ class BayesLayer(nn.Module):
             estimator = "reparameterization"  # a group of rows is one function
         if context is not None:
             mean = mean or context.mode == "mean"
-            if context.mode == "seed" and generator is None:
+            if context.mode == "seed":
                 seed, mean = context.seed, False
                 estimator = "reparameterization"  # one draw of the weights, whatever the estimator
-            grouped = context.group is not None and generator is None and not mean
+            grouped = context.group is not None and not mean
             if grouped and not torch.compiler.is_compiling():
                 found = context.group.take(self, input, seed, num_samples == 1)
                 if type(found) is Sampled:
