@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import _arguments, noise
+from ._surgery import bayesian_by_name
 from .contexts import KlCollector, installed
 
 
@@ -43,7 +45,7 @@ def kl_loss(model: nn.Module, n_data: float | None = None, beta: float = 1.0) ->
         0-dim tensor, computed from the parameters at this call; zero without Bayesian layers.
 
     Raises:
-        ValueError: ``n_data`` is not positive.
+        ValueError: ``n_data`` is not positive, or a layer has no values before its first call.
         TypeError: ``n_data`` is no number, or ``model`` no module.
 
     Example:
@@ -55,11 +57,20 @@ def kl_loss(model: nn.Module, n_data: float | None = None, beta: float = 1.0) ->
         raise TypeError(f"n_data: expected a number of examples, got {n_data!r}")
     if n_data is not None and not n_data > 0:
         raise ValueError(f"n_data: expected a positive number of examples, got {n_data}")
-    terms = [layer.kl_loss() for layer in bayesian_layers(model)]
+    terms = [layer.kl_loss() for layer in _initialised(model)]
     total = _sum(terms, model)
     if beta != 1.0:
         total = total * beta
     return total if n_data is None else total / n_data
+
+
+def _initialised(model: nn.Module) -> list[nn.Module]:
+    """The Bayesian layers, none of which waits for its first call."""
+    layers = bayesian_layers(model)
+    own = (parameter for layer in layers for parameter in layer._parameters.values())
+    if any(is_lazy(parameter) for parameter in own):
+        bayesian_by_name(model)  # raises, and names it
+    return layers
 
 
 def losses(model: nn.Module) -> list[Tensor]:

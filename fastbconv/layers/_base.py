@@ -170,7 +170,15 @@ class BayesLayer(nn.Module):
 
         Computed from the parameters at each call. A prior without a closed form gives the
         Monte-Carlo KL of the weights of the last forward pass, made again from its seed.
+
+        Raises:
+            ValueError: a lazy layer before its first call.
         """
+        if is_lazy(self.weight):
+            raise ValueError(
+                f"kl_loss: expected initialised parameters, got {type(self).__name__} before its "
+                "first call; call fastbconv.build(model, input_shape) first"
+            )
         prior = self.prior
         if prior is None:
             return self.weight.new_zeros((), dtype=_kl.kl_dtype(self.weight.dtype))
