@@ -93,6 +93,37 @@ def test_summary_of_the_tfp_face() -> None:
     assert math.isclose(conv.kl, model[0].kl_loss().item(), rel_tol=1e-6)
 
 
+def _laplace_prior(dtype, shape, name, trainable, add_variable_fn):
+    return torch.distributions.Laplace(torch.zeros(shape), 1.0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fb.BayesLinear(40, 3, prior=fb.ScaleMixture(0.5, 1.0, 0.1), bayesian_bias=True),
+        lambda: fb.build(
+            fb.DenseReparameterization(
+                3,
+                kernel_prior_fn=_laplace_prior,
+                kernel_divergence_fn=lambda q, p, w: q.log_prob(w) - p.log_prob(w).sum(),
+            ),
+            (None, 40),
+        ),
+    ],
+    ids=["torch", "tfp"],
+)
+def test_summary_draws_nothing(make) -> None:
+    """Where a KL needs weights and no call has made some: the same weights, and no random state."""
+    layer = make()
+    state = torch.get_rng_state()
+    first, second = fb.summary(layer), fb.summary(layer)
+    assert first.kl == second.kl
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        layer(torch.randn(2, 40))
+    assert fb.summary(layer).kl == layer.kl_loss().item() != first.kl
+
+
 def test_summary_of_nothing_and_of_no_module() -> None:
     found = fb.summary(small())
     assert (found.rows, found.weights, found.kl, found.lost_bf16) == ((), 0, 0, 0.0)
