@@ -189,6 +189,21 @@ def test_pruned_scales_stay_and_a_mask_keeps_the_means() -> None:
     assert (layer.weight_rho[mask] != kl.rho_of_scale(torch.tensor([0.5, 0.1]), FLOOR)).all()
 
 
+def test_what_pruning_does_to_kl_training_and_tied_weights() -> None:
+    """The three reasons for which it is for inference, as its docstring has them."""
+    layer = fb.BayesLinear(8, 4)
+    pruned = fb.prune(layer, 1e6)
+    assert 15.4 < fb.kl_loss(pruned.model) / 32 < 15.5
+    assert fb.kl_loss(layer) / 32 < 3.0
+    assert fb.prune(pruned.model, 1e6).shares == {"": 1.0}
+    with torch.no_grad():
+        pruned.model.weight += 1e-3  # a step of an optimiser
+    assert fb.prune(pruned.model, 1e3).shares == {"": 0.0}
+    tied = nn.ModuleList([nn.Embedding(4, 8), layer])
+    tied[0].weight = layer.weight
+    assert (fb.prune(tied, 1e6).model[0].weight == 0).all()
+
+
 def test_prune_on_the_tfp_face() -> None:
     model = nn.Sequential(fb.Convolution2DReparameterization(4, 3), fb.DenseFlipout(2))
     with pytest.raises(ValueError, match=r"expected initialised parameters, got '0'"):
