@@ -64,8 +64,8 @@ def to_deterministic(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Its parameters are then called ``0.weight`` and ``0.bias``; its hooks, and attributes of your
     own, go with the layer inside, before the activation.
 
-    Batch normalisation is folded afterwards: ``torch.nn.utils.fuse_conv_bn_eval`` takes a Bayesian
-    layer for its means, and would leave the scales as they are.
+    Batch normalisation is folded into the result (``torch.nn.utils.fuse_conv_bn_eval``), and not
+    before: of a Bayesian layer it would scale the means, and leave the noise as it was.
 
     Args:
         model: any module.
