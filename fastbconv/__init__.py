@@ -49,15 +49,14 @@ from .layers.tfp import (
 )
 from .models import (
     build,
-    check_optimizer,
     collect_kl,
     fixed_sample,
     kl_loss,
     losses,
     mean_weights,
-    param_groups,
     regularization_loss,
 )
+from .optimizers import check_optimizer, param_groups
 from .prediction import Prediction, predict
 from .prune import prune
 from .selection import algorithm, explain

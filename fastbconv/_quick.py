@@ -58,10 +58,13 @@ def quick_call(
         return None  # a parametrized or pruned tensor is no parameter
     weight, bias = parameters["weight"], parameters["bias"]
     rho, bias_rho = parameters["weight_rho"], parameters["bias_rho"]
-    own = (layer.activation, layer.estimator, layer._prior, weight.dtype, weight.shape)
+    activation = layer.activation
+    if isinstance(activation, nn.Module):  # it may have changed: a slope, a hook
+        activation = activations.resolve(activation)
+    own = (activation, layer.estimator, layer._prior, weight.dtype, weight.shape)
     prepared, key = layer._prepared, own if geometry is None else geometry + own
     if prepared is None or prepared.key != key:
-        prepared = layer._prepared = _prepare(layer, key, geometry)
+        prepared = layer._prepared = _prepare(layer, key, geometry, activation)
     with_kl = context is not None
     if prepared.call is None or (with_kl and not prepared.has_kl):
         return None
@@ -83,9 +86,14 @@ def quick_call(
     return output[0]
 
 
-def _prepare(layer: nn.Module, key: tuple[Any, ...], geometry: tuple[Any, ...] | None) -> Prepared:
+def _prepare(
+    layer: nn.Module,
+    key: tuple[Any, ...],
+    geometry: tuple[Any, ...] | None,
+    activation: activations.ActivationLike,
+) -> Prepared:
     """Parses the constant arguments of a layer."""
-    resolved = activations.resolve(layer.activation)
+    resolved = activations.resolve(activation)
     plain = layer.estimator == "reparameterization" and resolved.fn is None
     stride, padding, dilation, groups = geometry or ((1, 1), (0, 0), (1, 1), 1)
     pads = _fixed_padding(padding, layer, stride, dilation) if geometry else (0, 0, 0, 0)

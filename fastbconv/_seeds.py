@@ -15,6 +15,12 @@ from ._arguments import type_name
 
 def as_int64(value: int) -> int:
     """The int64 with the bits of ``value`` modulo 2^64."""
+    # Seeds first, by comparison: the compiler traces an int that changes, and knows no mask of one
+    # that is negative or above 2^63.
+    if -(1 << 63) <= value < 1 << 63:
+        return value
+    if 1 << 63 <= value < 1 << 64:
+        return value - (1 << 64)
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 

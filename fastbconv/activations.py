@@ -120,7 +120,9 @@ def _module_entry(module: nn.Module) -> tuple[str, float] | None:
     The exact type counts, since a subclass may compute something else; so do hooks, which would
     not run.
     """
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if module._backward_hooks or module._backward_pre_hooks:
         return None
     kind = type(module)
     if kind is nn.LeakyReLU:
@@ -189,7 +191,7 @@ def resolve(
 
     Raises:
         ValueError: an unknown name.
-        TypeError: neither a name nor a callable.
+        TypeError: neither a name nor a callable, or the class of a module instead of one.
 
     Example:
         >>> resolve("relu").id
@@ -205,6 +207,11 @@ def resolve(
         raise TypeError(
             "activation: expected None, a name or a callable, got "
             f"{type(activation).__name__}: {activation!r}"
+        )
+    if isinstance(activation, type) and issubclass(activation, nn.Module):
+        raise TypeError(
+            f"activation: expected a module, got the class {activation.__name__}, which makes one "
+            f"of its argument; give an instance: {activation.__name__}()"
         )
     if isinstance(activation, nn.Module):
         entry = _module_entry(activation)

@@ -91,8 +91,8 @@ def convert(
 
     "moped" is Krishnan, Subedar and Tickoo 2020 (arXiv:1906.05323): posterior and prior around
     trained weights; the prior's means are buffers (``prior_loc``), so a state_dict brings them back
-    into a model that was converted alike. A weight of exactly 0 gets the smallest scale, 2^-23, and
-    stays there.
+    into a model that was converted alike. A weight of exactly 0 gets the smallest scale, 2^-23
+    (2^-52 in float64), and stays there.
 
     Each layer stays the same object under another class: arguments, parameters, dtype, device,
     memory format, ``training``, ``requires_grad`` (the scale follows its mean's), hooks, shared
@@ -131,8 +131,9 @@ def convert(
     Warns:
         UserWarning: names the selected modules that keep matrices of weights without a posterior:
             kinds without counterpart (Embedding, LSTM, MultiheadAttention, ...), subclasses of
-            torch.nn layers, which may compute something else, and layers whose ``forward`` was
-            replaced or whose weights a TransformerEncoderLayer reads by itself.
+            torch.nn layers, which may compute something else, and, with that reason, layers whose
+            ``forward`` was replaced or whose weights the TransformerEncoderLayer around them reads
+            by itself (``linear1`` and ``linear2``, in its fast path).
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
@@ -186,28 +187,30 @@ def _choose(model: nn.Module, selection: Selection) -> tuple[list[list[str]], li
         if isinstance(module, tuple(PAIRS)):
             _check_parameters(names[0], module)
         parent = around[-2] if len(around) > 1 else None
-        if type(module) in PAIRS and _is_called(module, names[0], parent):
+        reason = _not_called(module, names[0], parent)
+        if type(module) in PAIRS and not reason:
             chosen.append(names)
         elif any(not is_lazy(p) and p.ndim > 1 for p in module.parameters(recurse=False)):
-            left.append(f"{shown(names[0])} ({type(module).__name__})")
+            left.append(f"{shown(names[0])} ({type(module).__name__}{reason})")
     if not chosen and not any(getattr(m, "is_bayesian", False) for m in model.modules()):
         kinds = ", ".join(kind.__name__ for kind in PAIRS)
         but = f", only {_arguments.listed(left)}" if left else ""
         raise ValueError(
             f"model: expected a layer to convert ({kinds}) among the selected modules, got none"
-            f"{but}; include and exclude select, and subclasses are not converted"
+            f"{but}; include and exclude select, and neither subclasses nor other kinds are "
+            "converted"
         )
     return chosen, left
 
 
-def _is_called(module: nn.Module, name: str, parent: nn.Module | None) -> bool:
-    """Whether the layer's own forward is what computes with its weight."""
+def _not_called(module: nn.Module, name: str, parent: nn.Module | None) -> str:
+    """Why the layer's own forward is not what computes with its weight; empty where it is."""
     if "forward" in vars(module):
-        return False
-    return not any(
-        isinstance(parent, kind) and name.rpartition(".")[2] in children
-        for kind, children in _READ_BY_PARENT.items()
-    )
+        return ", whose forward was replaced"
+    for kind, children in _READ_BY_PARENT.items():
+        if isinstance(parent, kind) and name.rpartition(".")[2] in children:
+            return f", whose weight the {kind.__name__} around it reads by itself in its fast path"
+    return ""
 
 
 def _check_parameters(name: str, module: nn.Module) -> None:

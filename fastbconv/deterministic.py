@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Final
 
@@ -58,16 +59,20 @@ def to_deterministic(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Scales and priors are dropped. ``to_deterministic(convert(model))`` has the modules, outputs and
     state_dict of ``model``, bit for bit. As in ``convert``, layers stay the same objects.
 
-    A layer with an activation becomes ``nn.Sequential(layer, activation)``: its parameters are then
-    called ``0.weight`` and ``0.bias``, and its hooks stay with the layer, before the activation.
+    A layer with an activation becomes ``nn.Sequential(layer, activation)``, and that is the same
+    object too: wherever it is referred to, in a list of your own say, the activation is applied.
+    Its parameters are then called ``0.weight`` and ``0.bias``; its hooks, and attributes of your
+    own, go with the layer inside, before the activation.
+
+    Batch normalisation is folded into the result (``torch.nn.utils.fuse_conv_bn_eval``), and not
+    before: of a Bayesian layer it would scale the means, and leave the noise as it was.
 
     Args:
         model: any module.
         inplace: change ``model``; False: a deep copy.
 
     Returns:
-        The deterministic model: ``model`` itself with ``inplace``, unless that is a single layer
-        with an activation.
+        The deterministic model: ``model`` itself with ``inplace``.
 
     Raises:
         TypeError: no module.
@@ -94,16 +99,10 @@ def to_deterministic(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     after = {layer: _activation(name, layer) for layer, name in layers.items()}
     for layer, counterpart in plain.items():
         _make_plain(layer, counterpart)
-    wrapped = {
-        layer: nn.Sequential(layer, activation).train(layer.training)
-        for layer, activation in after.items()
-        if activation is not None
-    }
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in wrapped and parent not in wrapped.values():
-                parent._modules[name] = wrapped[child]
-    return wrapped.get(model, model)
+    for layer, activation in after.items():
+        if activation is not None:
+            _make_sequence(layer, activation)
+    return model
 
 
 def _counterpart(name: str, layer: nn.Module) -> nn.Module:
@@ -155,3 +154,20 @@ def _make_plain(layer: BayesLayer, counterpart: nn.Module) -> None:
         if hasattr(layer, name):
             delattr(layer, name)
     vars(layer).update(plain_attributes(counterpart))
+
+
+def _make_sequence(layer: nn.Module, activation: nn.Module) -> None:
+    """``layer`` becomes nn.Sequential(what it was, activation), and stays the object that it is.
+
+    Only so do references that no module knows find the activation: Note [Same object]. What it was
+    moves into a new module, with the very dicts of its hooks, whose handles go on removing them.
+    """
+    inner = type(layer).__new__(type(layer))
+    inner.__dict__ = vars(layer)
+    state = vars(nn.Sequential(inner, activation).train(inner.training))
+    layer.__class__, layer.__dict__ = nn.Sequential, state
+    if "_compiled_call_impl" in vars(inner):  # layer.compile(): it calls this object
+        state["_compiled_call_impl"] = vars(inner).pop("_compiled_call_impl")
+    for hook in inner._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(inner)

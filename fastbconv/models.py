@@ -1,4 +1,4 @@
-"""Whole models: KL, parameter groups, and contexts that set every Bayesian layer at once.
+"""Whole models: KL, and contexts that set every Bayesian layer at once.
 
 The contexts touch one plain attribute of each layer, and leave what others have put there, also
 after an exception: they nest, and end in any order.
@@ -7,15 +7,16 @@ after an exception: they nest, and end in any order.
 from __future__ import annotations
 
 import numbers
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import _arguments, noise
+from ._surgery import bayesian_by_name
 from .contexts import KlCollector, installed
 
 
@@ -44,7 +45,7 @@ def kl_loss(model: nn.Module, n_data: float | None = None, beta: float = 1.0) ->
         0-dim tensor, computed from the parameters at this call; zero without Bayesian layers.
 
     Raises:
-        ValueError: ``n_data`` is not positive.
+        ValueError: ``n_data`` is not positive, or a layer has no values before its first call.
         TypeError: ``n_data`` is no number, or ``model`` no module.
 
     Example:
@@ -56,11 +57,20 @@ def kl_loss(model: nn.Module, n_data: float | None = None, beta: float = 1.0) ->
         raise TypeError(f"n_data: expected a number of examples, got {n_data!r}")
     if n_data is not None and not n_data > 0:
         raise ValueError(f"n_data: expected a positive number of examples, got {n_data}")
-    terms = [layer.kl_loss() for layer in bayesian_layers(model)]
+    terms = [layer.kl_loss() for layer in _initialised(model)]
     total = _sum(terms, model)
     if beta != 1.0:
         total = total * beta
     return total if n_data is None else total / n_data
+
+
+def _initialised(model: nn.Module) -> list[nn.Module]:
+    """The Bayesian layers, none of which waits for its first call."""
+    layers = bayesian_layers(model)
+    own = (parameter for layer in layers for parameter in layer._parameters.values())
+    if any(is_lazy(parameter) for parameter in own):
+        bayesian_by_name(model)  # raises, and names it
+    return layers
 
 
 def losses(model: nn.Module) -> list[Tensor]:
@@ -107,107 +117,6 @@ def regularization_loss(model: nn.Module) -> Tensor:
         for loss in getattr(layer, "regularization_losses", ())
     ]
     return _sum(terms, model)
-
-
-def param_groups(
-    model: nn.Module, lr: float, rho_lr: float | None = None, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser: posterior parameters are never decayed.
-
-    Decay is a second prior beside the one in the KL, and draws every rho to 0, a scale of 0.69:
-    ``check_optimizer`` finds it. Everything that is no parameter of a Bayesian layer is decayed as
-    asked.
-
-    Args:
-        model: any module.
-        lr: learning rate.
-        rho_lr: learning rate of the untransformed scales; None: ``lr``.
-        weight_decay: decay of the other parameters.
-
-    Returns:
-        Up to three groups, each with a ``name``: "posterior", "rho", "other".
-
-    Raises:
-        TypeError: ``model`` is no module.
-
-    Example:
-        >>> from fastbconv import BayesLinear
-        >>> [group["name"] for group in param_groups(BayesLinear(2, 2), lr=1e-3)]
-        ['posterior', 'rho']
-    """
-    posterior: list[nn.Parameter] = []
-    rho: list[nn.Parameter] = []
-    seen: set[int] = set()
-    for layer in bayesian_layers(model):
-        for name, parameter in layer.named_parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                scale = name.endswith(("rho", "untransformed_scale"))
-                (rho if scale else posterior).append(parameter)
-    other = [parameter for parameter in model.parameters() if id(parameter) not in seen]
-    groups = [
-        {"name": "posterior", "params": posterior, "lr": lr, "weight_decay": 0.0},
-        {"name": "rho", "params": rho, "lr": lr if rho_lr is None else rho_lr, "weight_decay": 0.0},
-        {"name": "other", "params": other, "lr": lr, "weight_decay": weight_decay},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """Warns of posterior parameters that an optimiser decays or does not hold.
-
-    Decay draws rho to 0, so every scale to softplus(0) = 0.69, whatever the data say; that of a
-    mean is a second prior. AdamW decays by default. An optimiser made before ``convert`` holds no
-    rho at all. Nothing calls this by itself: call it once, before training.
-
-    Args:
-        optimizer: any.
-        model: whose posterior parameters are looked for.
-
-    Returns:
-        The names of the parameters that are wrong in the optimiser, as in
-        ``model.named_parameters()``.
-
-    Raises:
-        TypeError: not an optimiser, or no module.
-
-    Warns:
-        UserWarning: names them, and what to do.
-
-    Example:
-        >>> from fastbconv import BayesLinear
-        >>> model = BayesLinear(2, 2)
-        >>> check_optimizer(torch.optim.AdamW(param_groups(model, 1e-3, weight_decay=0.1)), model)
-        []
-    """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    posterior = {id(p) for layer in bayesian_layers(model) for p in layer.parameters()}
-    decay = {
-        id(parameter): group.get("weight_decay", 0.0)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    own = {n: p for n, p in model.named_parameters() if id(p) in posterior and p.requires_grad}
-    decayed = [name for name, p in own.items() if decay.get(id(p), 0.0) != 0.0]
-    missing = [name for name, p in own.items() if id(p) not in decay]
-    advice = "make it from fastbconv.param_groups(model, lr, weight_decay=...)"
-    kind = type(optimizer).__name__
-    if decayed:
-        warnings.warn(
-            f"weight_decay: {kind} decays parameters of posteriors, of which a rho tends to 0, a "
-            f"scale of 0.69: {_arguments.listed(decayed)}; {advice}",
-            stacklevel=2,
-        )
-    if missing:
-        warnings.warn(
-            f"params: {kind} does not hold parameters of posteriors, which keep their values: "
-            f"{_arguments.listed(missing)}; {advice}, after any conversion",
-            stacklevel=2,
-        )
-    return [name for name in own if name in (*decayed, *missing)]
 
 
 @contextmanager

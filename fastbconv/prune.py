@@ -36,10 +36,17 @@ def prune(model: nn.Module, snr: float, *, inplace: bool = False) -> Pruned:
     Graves 2011, "Practical variational inference for neural networks"; Blundell et al. 2015
     (arXiv:1505.05424), section 5.1. Biases that are Bayesian are pruned likewise.
 
-    Prune after training. A pruned scale stays at the floor (its rho has no gradient to speak of),
-    but an optimiser moves loc away from 0 again: to train on, keep ``mask = layer.weight != 0`` of
-    each layer, and multiply its weight by it after each step. The KL of a pruned model says
-    nothing: a point mass is far from any prior.
+    **For inference.** A pruned weight is (0, smallest scale), a point, which is far from any prior:
+    its KL rises to log(prior scale / smallest scale) - 1/2 nats, 15.4 for N(0, 1) in float32. The
+    KL of a pruned model is large, and says nothing about it.
+
+    **Further training revives the weights.** A pruned scale stays at the floor (its rho has no
+    gradient to speak of), but an optimiser moves loc away from 0 again, and |loc| / scale is then
+    huge: a second ``prune`` counts those as kept. To train on, keep ``mask = layer.weight != 0`` of
+    each layer, and multiply its weight by it after each step.
+
+    **Tied weights are pruned everywhere.** A weight is changed in its memory: an Embedding that
+    shares that of a layer has those entries of its rows set to 0 too.
 
     Args:
         model: any module.

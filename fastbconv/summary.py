@@ -9,8 +9,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from . import noise
 from ._surgery import bayesian_by_name
 from .layers._base import BayesLayer
+from .layers.tfp_sampling import seeded_generator
+from .models import placement
 
 QUANTILES: Final = (0.05, 0.5, 0.95)
 # Half a unit in the last place of a weight is about |loc| over this: 2^8 and 2^11.
@@ -119,7 +122,9 @@ def summary(model: nn.Module) -> Summary:
     that a 16-bit weight rounds away.
 
     A quantile is the value of that rank, not interpolated. The KL, in nats, is that of
-    ``kl_loss()``: with a prior without a closed form, of the weights of the last call.
+    ``kl_loss()``: with a prior without a closed form, of the weights of the last call, or, before
+    the first one, of weights drawn from PyTorch's generator under the seed 0. That generator is
+    afterwards as it was.
 
     Args:
         model: any module; a layer that occurs twice has one row.
@@ -148,7 +153,9 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _row(name: str, layer: Any) -> LayerSummary:
-    kl = float(layer.kl_loss())
+    device, _ = placement(layer)
+    with seeded_generator(noise.seed_tensor(0, device)):  # reading a table draws nothing
+        kl = float(layer.kl_loss())
     posteriors = list(_posteriors(layer))
     loc = torch.cat([loc.flatten() for loc, _ in posteriors] or [torch.empty(0)]).abs()
     scale = torch.cat([scale.flatten() for _, scale in posteriors] or [torch.empty(0)])

@@ -55,11 +55,12 @@ ALLOWED = {
     "layers": "_arguments _call _library _quick activations constraints contexts estimators"
     " functional initializers kl layers noise regularizers",
     "grouped": "_arguments _call contexts layers models noise",
-    "models": "_arguments contexts functional kl layers noise",
+    "models": "_arguments _surgery contexts functional kl layers noise",
+    "optimizers": "_arguments models",
     "_surgery": "layers",  # a layer becomes its counterpart
     "convert": "_arguments _surgery estimators kl layers",
     "deterministic": "_surgery activations layers",
-    "summary": "_surgery layers",
+    "summary": "_surgery layers models noise",
     "prune": "_surgery kl layers",
     "weight_samples": "_arguments contexts models",
     "likelihoods": "",  # what the output of a model means

@@ -8,15 +8,16 @@ import pytest
 import torch
 from networks import ResNet18, small
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastbconv as fb
 
 
 def test_adamw_on_all_parameters_decays_rho() -> None:
     model = fb.convert(small())
-    with pytest.warns(UserWarning, match=r"weight_decay: AdamW .* 0.weight_rho, 4.weight, 4.bias"):
+    with pytest.warns(UserWarning, match=r"weight_decay: AdamW .* 0.weight_rho, 4.weight, 4"):
         names = fb.check_optimizer(torch.optim.AdamW(model.parameters()), model)
-    assert names == ["0.weight", "0.bias", "0.weight_rho", "4.weight", "4.bias", "4.weight_rho"]
+    assert names == ["0.weight", "0.weight_rho", "4.weight", "4.weight_rho"]
 
 
 def test_what_decay_does_to_a_scale() -> None:
@@ -46,6 +47,82 @@ def test_optimisers_that_are_right(make) -> None:
         assert fb.check_optimizer(make(model), model) == []
 
 
+class Prior(nn.Module):
+    """One that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.ones(()))
+
+    def forward(self) -> torch.distributions.Distribution:
+        return torch.distributions.Normal(0.0, self.rate)
+
+
+def _tfp(**options) -> nn.Module:
+    return fb.build(fb.DenseReparameterization(3, **options), (None, 4))
+
+
+def _pruned() -> nn.Module:
+    layer = fb.BayesLinear(4, 3)
+    prune.l1_unstructured(layer, "bias", 1)
+    return layer
+
+
+ONE = nn.Parameter(torch.ones(()))
+POINT = fb.default_mean_field_normal_fn(is_singular=True)
+
+
+# A layer, and its parameters without a term in the KL.
+ORDINARY = {
+    "point bias": (lambda: fb.BayesConv2d(3, 4, 3), {"bias"}),
+    "lazy": (lambda: fb.LazyBayesLinear(4), {"bias"}),
+    "no bias": (lambda: fb.BayesLinear(3, 4, bias=False), set()),
+    "Bayesian bias": (lambda: fb.BayesLinear(3, 4, bayesian_bias=True), set()),
+    "activation": (
+        lambda: fb.BayesLinear(3, 4, False, activation=nn.PReLU()),
+        {"activation.weight"},
+    ),
+    "prior": (lambda: fb.BayesLinear(3, 4, prior=(0.0, ONE)), {"bias"}),
+    "module of a prior": (lambda: fb.BayesLinear(3, 4, False, prior=Prior()), set()),
+    "pruned bias": (_pruned, {"bias_orig"}),
+    "parametrized bias": (
+        lambda: parametrize.register_parametrization(fb.BayesLinear(3, 4), "bias", nn.Identity()),
+        {"parametrizations.bias.original"},
+    ),
+    "parametrized weight": (
+        lambda: parametrizations.weight_norm(fb.BayesLinear(3, 4, bias=False)),
+        set(),
+    ),
+    "TFP face": (_tfp, {"bias_posterior_loc"}),
+    "TFP face, Bayesian bias": (
+        lambda: _tfp(bias_posterior_fn=fb.default_mean_field_normal_fn()),
+        set(),
+    ),
+    "TFP face, point with a prior": (
+        lambda: _tfp(bias_posterior_fn=POINT, bias_prior_fn=fb.default_multivariate_normal_fn),
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_what_has_no_kl_is_an_ordinary_parameter(name: str) -> None:
+    make, ordinary = ORDINARY[name]
+    layer = make()
+    groups = {g["name"]: g for g in fb.param_groups(layer, 1e-3, weight_decay=0.1)}
+    names = {id(parameter): name for name, parameter in layer.named_parameters()}
+    found = {names[id(p)] for p in groups.get("other", {"params": []})["params"]}
+    assert found == ordinary
+    assert sum(len(group["params"]) for group in groups.values()) == len(names)
+    decay_all = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)
+    with pytest.warns(UserWarning, match="weight_decay: SGD decays parameters of posteriors"):
+        assert set(fb.check_optimizer(decay_all, layer)) == set(names.values()) - ordinary
+    means = [p for p in layer.parameters() if names[id(p)] not in ordinary]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a bias that is not held keeps its value, and no more
+        assert fb.check_optimizer(torch.optim.SGD(means, lr=0.1), layer) == []
+
+
 def test_decay_of_other_parameters_is_fine() -> None:
     model = small()
     assert fb.check_optimizer(torch.optim.AdamW(model.parameters()), model) == []
@@ -65,9 +142,9 @@ def test_an_optimiser_made_before_the_conversion() -> None:
 
 def test_of_many_names_the_message_has_some() -> None:
     model = fb.convert(ResNet18(4))
-    with pytest.warns(UserWarning, match=r"0.69: conv1.weight, .* and 35 more; make it"):
+    with pytest.warns(UserWarning, match=r"0.69: conv1.weight, .* and 34 more; make it"):
         names = fb.check_optimizer(torch.optim.AdamW(model.parameters()), model)
-    assert len(names) == 43
+    assert len(names) == 42
 
 
 def test_rho_of_the_tfp_face() -> None:

@@ -244,6 +244,30 @@ def test_a_generator_of_the_call_comes_before_the_seed_of_a_context() -> None:
             torch.testing.assert_close(layer(x, generator=torch.Generator().manual_seed(3)), alone)
 
 
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize("rank", [2, 1], ids=["linear", "convolution"])
+def test_a_generator_of_the_call_draws_where_the_means_would_be_used(rank: int) -> None:
+    """As a seed does: in a context of means, and in a layer that uses them in eval mode."""
+    layer = fb.BayesLinear(4, 4) if rank == 2 else fb.BayesConv1d(3, 4, 2)
+    x = torch.randn(3, 4)
+    given, drawn = layer(x, seed=3), layer(x, generator=_generator())
+    with fb.mean_weights(layer):
+        mean = layer(x)
+        assert_same(layer(x, generator=_generator()), drawn)
+        with fb.collect_kl(layer) as kl:
+            assert_same(layer(x, generator=_generator()), drawn)
+        torch.testing.assert_close(kl.sum(), fb.kl_loss(layer))
+    layer.eval()
+    layer.eval_mode = "mean"
+    assert_same(layer(x), mean)
+    assert_same(layer(x, seed=3), given)
+    assert_same(layer(x, generator=_generator()), drawn)
+    assert not torch.equal(drawn, mean)
+
+
 def test_a_reentrant_checkpoint_leaves_the_kl_without_gradient_and_says_so() -> None:
     layer, x = fb.BayesLinear(4, 4), torch.ones(1, 4, requires_grad=True)
     with fb.collect_kl(layer) as kl, pytest.warns(RuntimeWarning, match="use_reentrant=False"):

@@ -271,6 +271,14 @@ def test_compile_with_dynamic_shapes() -> None:
         assert_close(got, want, 1e-5, 1e-6)
 
 
+@pytest.mark.parametrize("seed", [7, torch.tensor([7, 0])], ids=["int", "tensor"])
+def test_a_seed_in_the_place_of_the_output_size(seed: int | torch.Tensor) -> None:
+    layer, x = fb.BayesConvTranspose2d(2, 3, 3), torch.randn(1, 2, 4, 4)
+    with pytest.raises(TypeError, match=r"output_size: expected \(H_out, W_out\), got .*seed="):
+        layer(x, seed)
+    assert torch.equal(layer(x, [6, 6], seed), layer(x, seed=seed))
+
+
 def test_compile_of_a_layer_with_an_output_size() -> None:
     torch._dynamo.reset()
     layer = fb.BayesConvTranspose2d(3, 4, 3, 2, 1)

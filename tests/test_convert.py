@@ -35,7 +35,8 @@ def vanishing(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "module", ["convert", "deterministic", "summary", "prune", "models", "_surgery"]
+    "module",
+    ["convert", "deterministic", "summary", "prune", "models", "optimizers", "_surgery"],
 )
 def test_examples_of_the_docstrings_run(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"fastbconv.{module}")).failed == 0
@@ -273,6 +274,9 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
+READ = ", whose weight the TransformerEncoderLayer around it reads by itself in its fast path"
+
+
 def _replaced_forward() -> nn.Module:
     layer = nn.Linear(4, 4)
     layer.forward = lambda x: x
@@ -292,9 +296,9 @@ def _replaced_forward() -> nn.Module:
         ),
         (
             lambda: nn.TransformerEncoderLayer(4, 2, 8),
-            r"'0.self_attn' .* '0.linear1' \(Linear\), '0.linear2' \(Linear\)",
+            rf"'0.self_attn' .* '0.linear1' \(Linear{READ}\), '0.linear2' \(Linear{READ}\)",
         ),
-        (_replaced_forward, r"'0' \(Linear\)"),
+        (_replaced_forward, r"'0' \(Linear, whose forward was replaced\)"),
     ],
 )
 def test_layers_without_counterpart_stay_and_are_named(make: Callable, left: str) -> None:

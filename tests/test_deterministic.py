@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -109,8 +110,74 @@ def test_a_shared_layer_with_an_activation_stays_shared() -> None:
     back = fb.to_deterministic(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer, nn.Tanh())}))
     assert back["a"] is back["b"][0]
     single = fb.to_deterministic(layer, inplace=True)
+    assert single is layer
     assert [type(m) for m in single] == [nn.Linear, nn.ReLU]
-    assert single[0] is layer
+    assert list(single.state_dict()) == ["0.weight", "0.bias"]
+
+
+class Ordered(nn.Module):
+    """Calls its layers through a list that registers nothing, and one of them through a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = fb.BayesConv2d(3, 3, 3, padding=1, activation="relu")
+        self.b = fb.BayesConv2d(3, 3, 3, padding=1, activation=nn.PReLU(3))
+        self.order, self.last = [self.a, self.b], (self.a,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.order:
+            x = layer(x)
+        return self.last[0](x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_references_that_no_module_knows_have_the_activation(inplace: bool) -> None:
+    model, x = Ordered(), torch.randn(2, 3, 5, 5)
+    with torch.no_grad(), fb.mean_weights(model):
+        expected = model(x)
+    assert (expected == 0).any()  # relu is the last of them
+    back = fb.to_deterministic(model, inplace=inplace)
+    assert back.order == [back.a, back.b]
+    assert back.last == (back.a,)
+    assert list(back.state_dict()) == [
+        *("a.0.weight", "a.0.bias", "b.0.weight", "b.0.bias", "b.1.weight")
+    ]
+    with torch.no_grad():
+        assert_close(back(x), expected, 1e-5, 1e-5)
+    assert vars(back.a).keys() == vars(nn.Sequential(nn.ReLU())).keys()
+    assert vars(back.a[0]).keys() == vars(nn.Conv2d(3, 3, 3)).keys()
+
+
+def test_what_belongs_to_a_layer_goes_inside() -> None:
+    layer, x = fb.BayesLinear(3, 3, activation="relu").eval(), torch.randn(4, 3)
+    seen = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    layer.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    layer.tag = "of the user"
+    weight = layer.weight
+    fb.to_deterministic(layer, inplace=True)
+    inner = layer[0]
+    assert (inner.weight is weight, inner.tag) == (True, "of the user")
+    assert not any(module.training for module in layer.modules())
+    output = layer(x)
+    assert (seen[0] < 0).any()  # before the activation
+    assert torch.equal(seen.pop(0).relu(), output)
+    layer.load_state_dict(layer.state_dict())
+    assert seen.pop() is inner
+    handle.remove()
+    layer(x)
+    assert seen == []
+    assert repr(copy.deepcopy(layer)) == repr(layer)
+
+
+def test_a_compiled_layer_stays_compiled() -> None:
+    layer, x = fb.BayesLinear(3, 3, activation="relu"), torch.randn(4, 3)
+    layer.compile(backend="eager")
+    assert type(copy.deepcopy(layer)) is fb.BayesLinear  # without what is compiled
+    with fb.mean_weights(layer):
+        expected = layer(x)
+    fb.to_deterministic(layer, inplace=True)
+    assert_close(layer(x), expected, 1e-5, 1e-5)
 
 
 def test_a_linear_activation_is_none() -> None:

@@ -9,13 +9,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from pages import dead_links, run_examples
 
 import fastbconv as fb
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-# A fence and what follows the language: ```python is ours, ```python tf is TensorFlow's.
-BLOCK = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 
 
 def write_keras_file(folder: Path) -> None:
@@ -47,35 +46,14 @@ def test_examples_run(
     monkeypatch.chdir(tmp_path)
     if page.name in FILES:
         FILES[page.name](tmp_path)
-    text, namespace = page.read_text(encoding="utf-8"), {"__name__": "__main__"}
-    blocks = [found for found in BLOCK.finditer(text) if found[1].split()[:1] == ["python"]]
-    ours = [found for found in blocks if found[1].strip() == "python"]
-    assert all(found[1].strip() in ("python", "python tf") for found in blocks)
-    for found in ours:
-        line = text.count("\n", 0, found.start(2))
-        code = compile("\n" * line + found[2], str(page), "exec")
-        exec(code, namespace)
+    count = run_examples(page)
     capsys.readouterr()
-    assert ours or page.name not in FILES
-
-
-def anchors(text: str) -> set[str]:
-    """The anchors that GitHub makes of headings."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(BLOCK, "", text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in headings}
+    assert count or page.name not in FILES
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("http"):
-            continue
-        file, _, anchor = target.partition("#")
-        path = page.parent / file if file else page
-        assert path.exists(), f"{page.name}: {target}"
-        if anchor:
-            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{page.name}: {target}"
+    assert dead_links(page) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -147,6 +147,16 @@ CASES = {
         ValueError,
         ["activation", "relu6", "'rellu'"],
     ),
+    "activation class": (
+        lambda: layer(activation=nn.ReLU),
+        TypeError,
+        ["activation", "a module", "class ReLU", "give an instance: ReLU()"],
+    ),
+    "activation class of the TFP face": (
+        lambda: fb.DenseReparameterization(3, activation=nn.GELU),
+        TypeError,
+        ["activation", "a module", "class GELU", "give an instance: GELU()"],
+    ),
     "activation type": (lambda: conv(activation=3), TypeError, ["activation", "callable", "int"]),
     "scale floor": (lambda: conv(scale_floor=0.0), ValueError, ["scale_floor", "positive", "0.0"]),
     # seeds

@@ -213,7 +213,8 @@ def test_parameters_and_buffers(name: str) -> None:
     assert "prior_scale" in dict(layer.named_parameters())
     layer.kl_loss().backward()
     assert layer.prior_scale.grad is not None
-    assert [group["name"] for group in fb.param_groups(layer, 1e-3)] == ["posterior", "rho"]
+    groups = {group["name"]: len(group["params"]) for group in fb.param_groups(layer, 1e-3)}
+    assert groups == {"posterior": 2, "rho": 1, "other": 1}  # the prior's scale, and the bias
 
 
 @each_layer

@@ -238,6 +238,13 @@ def test_options_are_checked_at_construction() -> None:
         fb.BayesConv3d(0, 3, 3)
 
 
-def test_the_kl_before_the_first_call_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="Call `forward` to initialize"):
-        fb.kl_loss(fb.LazyBayesLinear(3))
+@pytest.mark.parametrize("make", [fb.LazyBayesLinear, fb.DenseReparameterization])
+def test_the_kl_before_the_first_call_is_an_error(make) -> None:
+    model = nn.Sequential(fb.BayesLinear(3, 4), nn.Sequential(nn.ReLU(), make(2)))
+    message = rf"expected initialised parameters, got '1.1' \({make.__name__}\).* fastbconv.build"
+    with pytest.raises(ValueError, match=message):
+        fb.kl_loss(model, 10)
+    with pytest.raises(ValueError, match=r"kl_loss: expected .* before its first call; call "):
+        model[1][1].kl_loss()
+    fb.build(model, (None, 3))
+    assert fb.kl_loss(model, 10).isfinite()

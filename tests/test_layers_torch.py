@@ -225,3 +225,33 @@ def test_repr_is_torchs(name: str) -> None:
         theirs, ours = repr(ORDINARY[name](*values)), repr(getattr(fb, name)(*values))
         ours = ours.removeprefix("Bayes").replace("'", "")  # torch quotes no names
         assert ours == theirs.replace(", padding=valid", "")
+
+
+KINDS = {
+    nn.Conv1d: (fb.BayesConv1d, fb.LazyBayesConv1d),
+    nn.Conv2d: (fb.BayesConv2d, fb.LazyBayesConv2d),
+    nn.Conv3d: (fb.BayesConv3d, fb.LazyBayesConv3d),
+    nn.ConvTranspose2d: (fb.BayesConvTranspose2d, fb.LazyBayesConvTranspose2d),
+    nn.Linear: (fb.BayesLinear, fb.LazyBayesLinear),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_layer_is_one_of_the_class_it_stands_for(kind: type[nn.Module]) -> None:
+    """What asks isinstance, as the usual functions for ``model.apply`` do, finds the layer."""
+    ordinary, lazy = KINDS[kind]
+    layer = ordinary(2, 3) if kind is nn.Linear else ordinary(2, 3, 1)
+    filled = []
+
+    def fill(module: nn.Module) -> None:
+        if isinstance(module, kind):
+            filled.append(module)
+            nn.init.constant_(module.weight, 2.0)
+
+    nn.Sequential(layer, nn.ReLU()).apply(fill)
+    assert filled == [layer]
+    assert (layer.weight == 2.0).all()
+    assert issubclass(lazy, kind)
+    # What the layer does comes before what torch.nn's class has.
+    for name in ("__init__", "forward", "extra_repr", "reset_parameters", "__getstate__"):
+        assert getattr(ordinary, name) is not getattr(kind, name)

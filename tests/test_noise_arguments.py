@@ -42,3 +42,15 @@ def test_a_seed_without_values() -> None:
         noise.seed_tensor(seed, "cpu")
     with pytest.raises(ValueError, match=said):
         fb.BayesConv2d(2, 2, 3)(torch.ones(1, 2, 5, 5), seed=seed)
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_any_integer_is_a_seed_of_a_compiled_function(dynamic: bool | None) -> None:
+    """From its second value on an int is traced: the comparisons of as_int64 become guards."""
+    torch._dynamo.reset()
+    layer, x = fb.BayesLinear(4, 3), torch.randn(2, 4)
+    compiled = torch.compile(
+        lambda x, seed: layer(x, seed=seed), backend="eager", fullgraph=True, dynamic=dynamic
+    )
+    for seed in (1, 2, 3, -7, 2**63 + 5, -(2**63), 2**64 - 1, 2**63 - 1):
+        assert torch.equal(compiled(x, seed), layer(x, seed=seed)), seed

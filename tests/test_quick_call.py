@@ -237,6 +237,40 @@ def test_arguments_changed_after_a_call(layer: fb.BayesConv2d, taken, long_way) 
     assert torch.equal(layer(INPUT.double(), SEED), got[-2])
 
 
+def _doubled(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return 2.0 * output
+
+
+# Activation, what is done to it after a call, and whether the short way still serves it.
+CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any], bool]] = {
+    "slope": (nn.LeakyReLU, lambda m: setattr(m, "negative_slope", 0.9), True),
+    "alpha": (nn.ELU, lambda m: setattr(m, "alpha", 0.3), True),
+    "approximate": (nn.GELU, lambda m: setattr(m, "approximate", "tanh"), True),
+    "beta": (nn.Softplus, lambda m: setattr(m, "beta", 2), False),
+    "hook": (nn.ReLU, lambda m: m.register_forward_hook(_doubled), False),
+    "hook before": (nn.ReLU, lambda m: m.register_forward_pre_hook(lambda m, x: -x[0]), False),
+    "hook of gradients": (
+        nn.ReLU,
+        lambda m: m.register_full_backward_pre_hook(lambda m, grads: [2.0 * g for g in grads]),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_module_changed_after_a_call(name: str, taken, long_way) -> None:
+    make, change, still = CHANGES[name]
+    layer = fb.BayesConv2d(4, 6, 3, activation=make())
+    before = _step(layer, INPUT, SEED, False)
+    change(layer.activation)
+    got = _step(layer, INPUT, SEED, False)
+    assert taken == [True, still]
+    assert not torch.equal(got[2], before[2])
+    long_way()
+    for one, other in zip(got, _step(layer, INPUT, SEED, False), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_parametrized_and_pruned_parameters(layer: fb.BayesConv2d, taken) -> None:
     class Half(nn.Module):
         def forward(self, value: Tensor) -> Tensor:

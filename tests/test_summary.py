@@ -93,6 +93,37 @@ def test_summary_of_the_tfp_face() -> None:
     assert math.isclose(conv.kl, model[0].kl_loss().item(), rel_tol=1e-6)
 
 
+def _laplace_prior(dtype, shape, name, trainable, add_variable_fn):
+    return torch.distributions.Laplace(torch.zeros(shape), 1.0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fb.BayesLinear(40, 3, prior=fb.ScaleMixture(0.5, 1.0, 0.1), bayesian_bias=True),
+        lambda: fb.build(
+            fb.DenseReparameterization(
+                3,
+                kernel_prior_fn=_laplace_prior,
+                kernel_divergence_fn=lambda q, p, w: q.log_prob(w) - p.log_prob(w).sum(),
+            ),
+            (None, 40),
+        ),
+    ],
+    ids=["torch", "tfp"],
+)
+def test_summary_draws_nothing(make) -> None:
+    """Where a KL needs weights and no call has made some: the same weights, and no random state."""
+    layer = make()
+    state = torch.get_rng_state()
+    first, second = fb.summary(layer), fb.summary(layer)
+    assert first.kl == second.kl
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        layer(torch.randn(2, 40))
+    assert fb.summary(layer).kl == layer.kl_loss().item() != first.kl
+
+
 def test_summary_of_nothing_and_of_no_module() -> None:
     found = fb.summary(small())
     assert (found.rows, found.weights, found.kl, found.lost_bf16) == ((), 0, 0, 0.0)
@@ -156,6 +187,21 @@ def test_pruned_scales_stay_and_a_mask_keeps_the_means() -> None:
     assert_same(layer.weight != 0, mask)
     assert_same(layer.weight_scale[~mask].detach(), torch.full((2,), FLOOR))
     assert (layer.weight_rho[mask] != kl.rho_of_scale(torch.tensor([0.5, 0.1]), FLOOR)).all()
+
+
+def test_what_pruning_does_to_kl_training_and_tied_weights() -> None:
+    """The three reasons for which it is for inference, as its docstring has them."""
+    layer = fb.BayesLinear(8, 4)
+    pruned = fb.prune(layer, 1e6)
+    assert 15.4 < fb.kl_loss(pruned.model) / 32 < 15.5
+    assert fb.kl_loss(layer) / 32 < 3.0
+    assert fb.prune(pruned.model, 1e6).shares == {"": 1.0}
+    with torch.no_grad():
+        pruned.model.weight += 1e-3  # a step of an optimiser
+    assert fb.prune(pruned.model, 1e3).shares == {"": 0.0}
+    tied = nn.ModuleList([nn.Embedding(4, 8), layer])
+    tied[0].weight = layer.weight
+    assert (fb.prune(tied, 1e6).model[0].weight == 0).all()
 
 
 def test_prune_on_the_tfp_face() -> None:

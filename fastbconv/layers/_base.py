@@ -170,7 +170,15 @@ class BayesLayer(nn.Module):
 
         Computed from the parameters at each call. A prior without a closed form gives the
         Monte-Carlo KL of the weights of the last forward pass, made again from its seed.
+
+        Raises:
+            ValueError: a lazy layer before its first call.
         """
+        if is_lazy(self.weight):
+            raise ValueError(
+                f"kl_loss: expected initialised parameters, got {type(self).__name__} before its "
+                "first call; call fastbconv.build(model, input_shape) first"
+            )
         prior = self.prior
         if prior is None:
             return self.weight.new_zeros((), dtype=_kl.kl_dtype(self.weight.dtype))
@@ -194,6 +202,15 @@ class BayesLayer(nn.Module):
             total = total + _call.monte_carlo_kl(prior, bias, rho, floor, draw)
         return total
 
+    def _is_ordinary(self, name: str) -> bool:
+        """Whether a parameter of the layer has no term in the KL: that of a bias that is a point
+        mass, under the names that pruning and parametrizations give it too, or an activation's."""
+        first, _, rest = name.partition(".")
+        if first == "parametrizations":
+            first = rest.partition(".")[0]
+        is_bias = first in ("bias", "bias_orig")
+        return first == "activation" or (is_bias and self.bias_rho is None)
+
     @property
     def losses(self) -> list[Tensor]:
         """The KL as a list of one scalar; empty without a prior."""
@@ -210,8 +227,9 @@ class BayesLayer(nn.Module):
         **arguments: Any,
     ) -> Tensor:
         """One forward pass through ``function``, under the layer's context."""
-        context = self._fb_context if seed is None else None
-        mean = self._means_by_itself and seed is None
+        named = seed is not None or generator is not None  # then the call draws, and from that
+        context = None if named else self._fb_context
+        mean = self._means_by_itself and not named
         estimator = self.estimator
         bound, own = context, self._fb_context
         if own is not None and own.num_samples is not None and num_samples == 1:
@@ -219,10 +237,10 @@ class BayesLayer(nn.Module):
             estimator = "reparameterization"  # a group of rows is one function
         if context is not None:
             mean = mean or context.mode == "mean"
-            if context.mode == "seed" and generator is None:
+            if context.mode == "seed":
                 seed, mean = context.seed, False
                 estimator = "reparameterization"  # one draw of the weights, whatever the estimator
-            grouped = context.group is not None and generator is None and not mean
+            grouped = context.group is not None and not mean
             if grouped and not torch.compiler.is_compiling():
                 found = context.group.take(self, input, seed, num_samples == 1)
                 if type(found) is Sampled:
@@ -304,7 +322,7 @@ class BayesLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The module without what belongs to the process: contexts and the last seed."""
-        state = self.__dict__.copy()
+        state = super().__getstate__()
         state["_fb_context"] = None
         state["_last_draw"] = None
         state["_prepared"] = None

@@ -17,7 +17,11 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class BayesConvNd(BayesLayer, _ConvNd):
-    """Checks and repr of a convolution with ``rank`` spatial axes."""
+    """Checks and repr of a convolution with ``rank`` spatial axes.
+
+    A subclass has the class of torch.nn behind this one among its bases: what asks
+    ``isinstance(module, nn.Conv2d)``, as functions for ``model.apply`` do, finds it.
+    """
 
     rank: ClassVar[int]
 
@@ -50,7 +54,10 @@ class BayesConvNd(BayesLayer, _ConvNd):
         if dtype is not None and dtype not in _arguments.FLOATING:
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
         none = (0,) * self.rank
-        super().__init__(
+        # Not super(): the class of torch.nn among the bases is there for isinstance, and its
+        # constructor would check the padding and pass other arguments on.
+        _ConvNd.__init__(
+            self,
             in_channels,
             out_channels,
             _arguments.spatial("kernel_size", kernel_size, self.rank),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
 from fastbconv import _arguments, functional
@@ -139,7 +139,7 @@ def _symmetric(form: tuple[int, ...]) -> tuple[int, ...] | tuple[tuple[int, ...]
     return tuple(form[first : first + 2] for first in range(0, len(form), 2))
 
 
-class BayesConv1d(_BayesConv):
+class BayesConv1d(_BayesConv, nn.Conv1d):
     r"""1-d convolution whose weights are drawn from a mean-field normal posterior at each call.
 
     .. code-block:: text
@@ -192,7 +192,7 @@ class BayesConv1d(_BayesConv):
     function = staticmethod(functional.bayes_conv1d)
 
 
-class BayesConv2d(_BayesConv):
+class BayesConv2d(_BayesConv, nn.Conv2d):
     r"""2-d convolution whose weights are drawn from a mean-field normal posterior at each call.
 
     .. code-block:: text
@@ -264,7 +264,7 @@ class BayesConv2d(_BayesConv):
         return input, self.weight, *geometry, self.estimator
 
 
-class BayesConv3d(_BayesConv):
+class BayesConv3d(_BayesConv, nn.Conv3d):
     r"""3-d convolution whose weights are drawn from a mean-field normal posterior at each call.
 
     .. code-block:: text

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch import Tensor, nn
 
 from fastbconv import _arguments, functional
 from fastbconv._arguments import IntPair
@@ -19,7 +19,7 @@ from ._base import EvalMode
 from ._conv_base import BayesConvNd
 
 
-class BayesConvTranspose2d(BayesConvNd, _ConvTransposeNd):
+class BayesConvTranspose2d(BayesConvNd, nn.ConvTranspose2d):
     r"""2-d transposed convolution whose weights are drawn from a mean-field normal posterior at
     each call.
 
@@ -144,11 +144,12 @@ class BayesConvTranspose2d(BayesConvNd, _ConvTransposeNd):
             (rows, K, H_out, W_out); rows = num_samples * N with ``share_input``, else N.
 
         Raises:
+            TypeError: an ``output_size`` that is no sequence: a seed, say, which goes by name.
             ValueError: an ``output_size`` that no output padding gives.
         """
         output_padding = self.output_padding
         if output_size is not None:
-            output_padding = self._padding_to(input, tuple(output_size))
+            output_padding = self._padding_to(input, _sizes(output_size))
         return self._call(
             functional.bayes_conv_transpose2d,
             input,
@@ -180,3 +181,13 @@ class BayesConvTranspose2d(BayesConvNd, _ConvTransposeNd):
                 f"{tuple(input.shape[-2:])}, got {output_size[-2:]}"
             )
         return added
+
+
+def _sizes(output_size: Any) -> tuple[int, ...]:
+    """``output_size`` as a tuple; what is none has been meant as a seed."""
+    if isinstance(output_size, (str, Tensor)) or not hasattr(output_size, "__iter__"):
+        raise TypeError(
+            f"output_size: expected (H_out, W_out), got {_arguments.type_name(output_size)}; it is "
+            "the second argument, as in torch.nn.ConvTranspose2d, and a seed goes by name: seed="
+        )
+    return tuple(output_size)

@@ -385,6 +385,6 @@ class VariationalLayer(DrawLoop, LossBook, Sampler, Configurable, VariableStore,
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without what belongs to this process: contexts and the last call."""
-        state = self.__dict__.copy()
+        state = super().__getstate__()
         state["_fb_context"] = state["_last"] = None
         return state

@@ -77,6 +77,16 @@ class LossBook(nn.Module):
             and getattr(self, f"{part}_divergence_fn") is distributions.kl_divergence
         )
 
+    def _is_ordinary(self, name: str) -> bool:
+        """Whether a parameter of the layer has no divergence: that of a part that is a point mass
+        without a prior, or of the activation."""
+        for part in PARTS:
+            if name.startswith(f"{part}_posterior"):
+                function = getattr(self, f"{part}_posterior_fn")
+                is_point = type(function) is MeanFieldNormalFn and function.is_singular
+                return is_point and getattr(self, f"{part}_prior_fn") is None
+        return name.startswith("activation.")
+
     def _divergence(self, part: Part) -> Any:
         """The divergence of one part as its function gives it; None where there is none."""
         function = getattr(self, f"{part}_divergence_fn")

@@ -162,6 +162,36 @@ def parameters_stay_equal_over_training_steps(folder: Path) -> None:
         assert torch.equal(*gathered(parameter)), name
 
 
+class WithKl(nn.Module):
+    """Returns the KL with the output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model(images), fb.kl_loss(self.model)
+
+
+@check
+def a_trained_prior_is_no_unused_parameter(folder: Path) -> None:
+    """docs/elbo.md: what find_unused_parameters=True takes for unused, and the two ways around."""
+    for find_unused, inside in ((True, True), (False, False), (True, False)):  # the last one fails
+        scale = nn.Parameter(torch.ones(()))
+        model = fb.BayesLinear(4, 3, prior=(0.0, scale))
+        ddp = DistributedDataParallel(
+            WithKl(model) if inside else model, find_unused_parameters=find_unused
+        )
+        output, kl = ddp(torch.ones(2, 4)) if inside else (ddp(torch.ones(2, 4)), fb.kl_loss(model))
+        loss = output.sum() + kl
+        if find_unused and not inside:
+            with pytest.raises(RuntimeError, match="mark a variable ready only once"):
+                loss.backward()
+        else:
+            loss.backward()
+            assert scale.grad != 0.0
+
+
 @check
 def a_shard_has_its_slice_of_the_noise(folder: Path) -> None:
     """Every rank convolves with its own filters: together they are the whole layer, bit for bit."""
