@@ -12,14 +12,16 @@ from torch import Tensor
 import fastbconv as fb
 from fastbconv import functional as f
 
-# N, C, H, W, K, padding. With packed weights above 8 MB up to 528 tiles are transformed first; 130
-# filters and 70 channels make several blocks, 216 tiles several groups.
+# N, C, H, W, K, padding. With packed weights above 8 MB up to 528 tiles are transformed first;
+# above 2 MB, where there are no more tiles than that, a task draws the weights that it multiplies.
+# 130 filters and 70 channels make several blocks, 216 tiles several groups.
 SIZES = {
     "many-weights": (2, 520, 7, 5, 264, 1),
     "many-tiles": (3, 70, 18, 15, 130, (1, 2)),
     "many-of-both": (9, 520, 16, 17, 264, 1),
     "one-tile-images": (66, 528, 2, 2, 260, 1),
     "no-padding": (2, 264, 6, 9, 520, 0),
+    "few-filters": (2, 300, 5, 6, 130, 1),
 }
 # Extents around the tiles of both algorithms, images smaller than one, and single channels.
 AWKWARD = {
@@ -114,6 +116,32 @@ def test_the_memory_format_changes_no_bit(
         results.append([y, kl, *grads])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@WINOGRAD
+@pytest.mark.parametrize("estimator", ["reparameterization", "flipout"])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_the_number_of_threads_changes_no_bit(
+    size: tuple[Any, ...], estimator: Any, algorithm: Any
+) -> None:
+    """More threads take narrower blocks of filters, and draw them in another order."""
+    x, loc, rho, bias = _leaves(size, torch.channels_last)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 16):
+            torch.set_num_threads(count)
+            with fb.algorithm(algorithm, keep_weight=count == 3):
+                y, kl = f.bayes_conv2d(
+                    x, loc, rho, bias, padding=size[-1], seed=3, estimator=estimator, return_kl=True
+                )
+                grads = torch.autograd.grad(y.sum() + kl, (x, loc, rho, bias))
+            results.append((y, kl, *grads))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        names = ("y", "kl", "x", "loc", "rho", "bias")
+        for name, one, two in zip(names, results[0], other, strict=True):
+            assert torch.equal(one, two), name
 
 
 @WINOGRAD
