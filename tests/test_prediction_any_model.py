@@ -1,0 +1,446 @@
+"""``predict`` for models that do not treat rows alike, return anything, or change their input."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from prediction_models import convolutional, images, separately
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import fastbconv as fb
+from fastbconv.testing import assert_close, assert_same
+
+
+def wide(layer: nn.Module) -> nn.Module:
+    """A layer whose functions differ."""
+    with torch.no_grad():
+        layer.weight_rho += 2.0
+    return layer
+
+
+class Sequence(nn.Module):
+    """Rows are on axis 1, as in nn.LSTM by default; logits of every step, or of the last."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.last = nn.LSTM(4, 5), wide(fb.BayesLinear(5, 3)), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.body(x)
+        return self.head(y[-1] if self.last else y)
+
+
+class Mirrored(nn.Module):
+    """Two copies of a batch behind each other, and their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = wide(fb.BayesLinear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.body(torch.cat([x, x.flip(1)])).chunk(2)
+        return (first + second) / 2
+
+
+class Halves(nn.Module):
+    """Siamese: the second half of a batch belongs to the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = wide(fb.BayesLinear(4, 4)), wide(fb.BayesLinear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.body(x).chunk(2)
+        return self.head((first - second).abs())
+
+
+class Prototypes(nn.Module):
+    """A layer that is given something else than the batch, of as many rows as there are draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.layer = nn.Parameter(torch.randn(8, 4)), wide(fb.BayesLinear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.layer(self.queries).T
+
+
+class Batch(nn.Module):
+    """Batch norm by the statistics of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = wide(fb.BayesLinear(4, 3))
+        self.norm = nn.BatchNorm1d(3, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.body(x))
+
+
+MIXING: dict[str, Callable[[], nn.Module]] = {
+    "steps": lambda: Sequence(False),
+    "last-step": lambda: Sequence(True),
+    "mirrored": Mirrored,
+    "halves": Halves,
+    "prototypes": Prototypes,
+    "batch-statistics": Batch,
+}
+
+
+def _input(model: nn.Module) -> Tensor:
+    return torch.randn(6, 2, 4) if isinstance(model, Sequence) else torch.randn(6, 4)
+
+
+def _logits(output: Tensor) -> Tensor:
+    return output
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_model_that_mixes_rows_gets_a_pass_for_each_function(name: str) -> None:
+    """A shared pass of these gave other figures, without an error for most."""
+    model = MIXING[name]()
+    x = _input(model)
+    got = fb.predict(model, x, 8, likelihood=_logits, keep_samples=True)
+    expected = separately(model.eval(), x, 8)
+    assert_close(got.samples, expected, 1e-5, 1e-6)
+    assert bool((got.variance > 0).all())
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_asking_for_shared_passes_of_such_a_model_is_an_error(name: str) -> None:
+    model = MIXING[name]()
+    with pytest.raises(ValueError, match=r"samples_per_pass: expected .*4 functions in one pass"):
+        fb.predict(model, _input(model), 8, likelihood=_logits, samples_per_pass=4)
+    assert model.training
+
+
+@pytest.mark.parametrize("name", ["steps", "last-step", "halves", "batch-statistics"])
+def test_rows_that_belong_together_are_not_cut_by_memory(name: str) -> None:
+    model = MIXING[name]()
+    x = _input(model)
+    got = fb.predict(model, x, 2, likelihood=_logits, keep_samples=True, memory=1)
+    assert_close(got.samples, separately(model.eval(), x, 2), 1e-5, 1e-6)
+
+
+def test_one_difference_from_its_first_batch_on_is_enough() -> None:
+    """Tried once: afterwards each function has its pass."""
+    model = Mirrored()
+    seen = []
+    model.register_forward_hook(lambda _m, _i, output: seen.append(len(output)))
+    fb.predict(model, [torch.randn(3, 4)] * 2, 4, likelihood=_logits)
+    assert seen == [1, 3, 12, 3, 3, 3, 3, 3, 3, 3, 3]
+
+
+def test_an_error_of_the_model_itself_is_raised_as_it_is() -> None:
+    for samples_per_pass in (None, 1, 4):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            fb.predict(
+                nn.Sequential(nn.Linear(4, 4), fb.BayesLinear(4, 3)),
+                torch.ones(2, 5),
+                4,
+                samples_per_pass=samples_per_pass,
+            )
+
+
+def test_a_batch_that_cannot_be_shared_later_on() -> None:
+    """The first batch was proof enough; a shorter one takes another way through the model."""
+
+    class Short(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = wide(fb.BayesLinear(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 8:
+                raise IndexError("no more than 8 rows")
+            return self.body(x)
+
+    model, parts = Short(), [torch.randn(2, 4), torch.randn(3, 4)]
+    got = fb.predict(model, parts, 4, likelihood=_logits, keep_samples=True)
+    assert_close(got.samples, separately(model, torch.cat(parts), 4), 1e-5, 1e-6)
+    with pytest.raises(ValueError, match="got IndexError: no more than 8 rows; use samples_per"):
+        fb.predict(model, parts, 4, likelihood=_logits, samples_per_pass=4)
+
+
+# --- outputs --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Output:
+    """No structure that PyTorch knows."""
+
+    logits: Tensor
+
+
+class Returning(nn.Module):
+    """A layer, and what is made of its output."""
+
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.make = wide(fb.BayesLinear(4, 3)), make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(self.body(x))
+
+
+RETURNED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "namespace": (lambda y: types.SimpleNamespace(logits=y), lambda output: output.logits),
+    "dataclass": (Output, lambda output: output.logits),
+    "distribution": (lambda y: torch.distributions.Normal(y, 1.0), lambda output: output.mean),
+    "loss": (lambda y: (y, y.square().mean()), lambda output: output[0] + output[1]),
+    "none": (lambda y: {"logits": y, "loss": None, "name": "y"}, lambda output: output["logits"]),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_a_likelihood_gets_what_the_model_returns_for_one_function(name: str) -> None:
+    make, read = RETURNED[name]
+    model, x = Returning(make), torch.randn(5, 4)
+
+    def likelihood(output: Any) -> Tensor:
+        value = read(output)
+        assert len(value) in (1, 2, 5)  # never a whole pass
+        return value
+
+    for memory in (None, 1):
+        got = fb.predict(model, x, 4, likelihood=likelihood, keep_samples=True, memory=memory)
+        for sample in range(4):
+            with torch.no_grad(), fb.fixed_sample(model, 0, sample=sample):
+                expected = read(model(x))
+            assert_close(got.samples[sample], expected, 1e-5, 1e-6)
+
+
+def test_structures_of_rows_share_a_pass() -> None:
+    """None, numbers and names in an output are no obstacle, and neither are NaN."""
+
+    def make(y: Tensor) -> Any:
+        return {
+            "y": y,
+            "all": [y.argmax(1), None, 2.5],
+            "bad": y.new_tensor(torch.nan).expand(y.shape),
+        }
+
+    model = Returning(make)
+    got = fb.predict(model, torch.randn(5, 4), 4, likelihood=lambda o: o["y"], samples_per_pass=4)
+    assert got.mean.shape == (5, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rounding_of_the_dtype_is_no_difference(dtype: torch.dtype) -> None:
+    body = [layer for _ in range(6) for layer in (nn.Linear(32, 32), nn.Tanh())]
+    model = nn.Sequential(fb.BayesLinear(32, 32), *body)
+    x = torch.randn(33, 32, dtype=dtype)
+    for layer in body[::2]:
+        layer.to(dtype)
+    if dtype == torch.float64:
+        model.double()
+    got = fb.predict(model, x, 8, likelihood=_logits, samples_per_pass=8)
+    assert bool(got.mean.isfinite().all())
+
+
+@pytest.mark.parametrize("value", [{"a": torch.ones(2)}, (torch.ones(2), torch.ones(2)), 3.0])
+def test_a_likelihood_of_several_heads_is_told_what_to_do(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"likelihood: expected .* one tensor.*loop over fixed_sam"):
+        fb.predict(fb.BayesLinear(4, 3), torch.ones(2, 4), 2, likelihood=lambda _: value)
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+class AddsInPlace(nn.Module):
+    """Changes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = wide(fb.BayesLinear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.add_(1.0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [AddsInPlace, lambda: nn.Sequential(nn.SiLU(inplace=True), wide(fb.BayesLinear(4, 3)))],
+)
+@pytest.mark.parametrize("options", [{}, {"samples_per_pass": 1}, {"memory": 1}])
+def test_a_model_may_change_its_input(make: Callable[[], nn.Module], options: dict) -> None:
+    model, x = make(), torch.randn(5, 4)
+    kept = x.clone()
+    got = fb.predict(model, x, 4, likelihood=_logits, keep_samples=True, **options)
+    assert_same(x, kept)
+    for sample in range(4):
+        with torch.no_grad(), fb.fixed_sample(model, 0, sample=sample):
+            assert_close(got.samples[sample], model(kept.clone()), 1e-5, 1e-6)
+
+
+def test_the_memory_format_of_a_batch_is_kept() -> None:
+    seen = []
+
+    class Format(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.is_contiguous(memory_format=torch.channels_last))
+            return x
+
+    x = images(4).to(memory_format=torch.channels_last)
+    fb.predict(nn.Sequential(Format(), convolutional()), x, 4, memory=2**14)
+    assert seen
+    assert all(seen)
+
+
+class Two(nn.Module):
+    """Two inputs, one of them by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = wide(fb.BayesLinear(4, 3))
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.body(x) * scale
+
+
+class Items(Dataset):
+    """Dictionaries, as a DataLoader collates them."""
+
+    def __init__(self, x: Tensor, scale: Tensor) -> None:
+        self.x, self.scale = x, scale
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": self.x[index], "scale": self.scale[index], "name": str(index)}
+
+
+def test_forward_says_how_a_batch_is_given() -> None:
+    model, x, scale = Two(), torch.randn(7, 4), torch.rand(7, 1)
+    with torch.no_grad():
+        expected = []
+        for sample in range(4):
+            with fb.fixed_sample(model, 0, sample=sample):
+                expected.append(model(x, scale))
+    forms = {
+        "dicts": (
+            DataLoader(Items(x, scale), batch_size=3),
+            lambda m, b: m(b["x"], scale=b["scale"]),
+        ),
+        "tuples": (zip(x.split(3), scale.split(3), strict=True), lambda m, b: m(*b)),
+        "tensor": (torch.cat([x, scale], 1), lambda m, b: m(b[:, :4], b[:, 4:])),
+    }
+    for batches, forward in forms.values():
+        for options in ({"samples_per_pass": 4}, {"memory": 64}):
+            if not isinstance(batches, zip) or "memory" not in options:
+                got = fb.predict(
+                    model,
+                    batches,
+                    4,
+                    likelihood=_logits,
+                    forward=forward,
+                    keep_samples=True,
+                    **options,
+                )
+                assert_close(got.samples, torch.stack(expected), 1e-5, 1e-6)
+
+
+def test_forward_of_numbers_beside_tensors() -> None:
+    """Rows are those of the first tensor with dimensions; what has none is given as it is."""
+    model = Two()
+    batch = {"scale": torch.tensor(2.0), "x": torch.randn(3, 4), "kind": "train"}
+    got = fb.predict(
+        model, [batch], 4, likelihood=_logits, forward=lambda m, b: m(b["x"], b["scale"])
+    )
+    assert got.mean.shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        ([{"x": torch.ones(2, 4)}], {}, "got dict in it; .* forward=lambda model, batch"),
+        ({"x": torch.ones(2, 4)}, {}, r"got dict; one batch of another form is forward=..., \[x\]"),
+        ([{"x": 1}], {"forward": lambda m, b: m(b["x"])}, "hold tensors, got dict without any"),
+        (torch.ones(2, 4), {"forward": "x"}, "forward: expected a function .* got str"),
+    ],
+)
+def test_batches_that_are_no_tensors(x: Any, options: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        fb.predict(fb.BayesLinear(4, 3), x, 2, **options)
+
+
+# --- layers without a part ------------------------------------------------------------------------
+
+
+class Cosine(nn.Module):
+    """Reads the weight of a layer, which is its mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = wide(fb.BayesLinear(4, 4)), wide(fb.BayesLinear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(self.body(x)), F.normalize(self.head.weight))
+
+
+def _attention() -> nn.Module:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.body.out_proj = wide(fb.BayesLinear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x, x, x)[0].flatten(1)
+
+    return Attention()
+
+
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    layer.linear1 = wide(fb.BayesLinear(4, 8))
+    return nn.Sequential(layer, nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(Cosine, "head"), (_attention, "body.out_proj"), (_encoder, "0.linear1")]
+)
+def test_layers_that_are_not_called_are_named(make: Callable[[], nn.Module], name: str) -> None:
+    """Their variance is 0, which looks like a network that is sure."""
+    model = make()
+    x = torch.randn(5, 4) if make is Cosine else torch.randn(5, 3, 4)
+    with pytest.warns(UserWarning, match=rf"layers were not called, .*: {name};") as found:
+        got = fb.predict(model, x, 4)
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    assert bool((got.variance > 0).any()) == (make is Cosine)
+
+
+@pytest.mark.parametrize("options", [{}, {"samples_per_pass": 1}, {"memory": 1}])
+def test_layers_that_are_called_are_not_named(options: dict) -> None:
+    layers = (fb.Convolution2DReparameterization(4, 3), fb.ChannelsLast(nn.AvgPool2d(2)))
+    tfp = nn.Sequential(*layers, nn.Flatten(), fb.DenseFlipout(3))
+    for model in (convolutional(), tfp, nn.Sequential(nn.Flatten(), nn.Linear(192, 3))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fb.predict(
+                model, images().mT if model is not tfp else torch.randn(4, 8, 8, 2), 4, **options
+            )
+            with fb.grouped(model):
+                fb.predict(
+                    model, images() if model is not tfp else torch.randn(4, 8, 8, 2), 4, **options
+                )
+
+
+def test_compiled_layers_are_not_named() -> None:
+    whole = torch.compile(convolutional(), backend="eager")
+    part = convolutional()
+    part[3] = torch.compile(part[3], backend="eager")
+    inside = convolutional()
+    inside[3].compile(backend="eager")
+    for model in (whole, part, inside):
+        assert fb.predict(model, images(2), 2).mean.shape == (2, 5)
