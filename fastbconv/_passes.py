@@ -290,8 +290,8 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _bytes(value: Any) -> int:
-    """Of the largest tensor."""
-    return max((tensor.numel() * tensor.element_size() for tensor in _tensors(value)), default=0)
+    """Of the largest tensor. Compilers trace it, as a hook of ``module.compile()``."""
+    return max([0, *(tensor.numel() * tensor.element_size() for tensor in _tensors(value))])
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

@@ -197,7 +197,7 @@ class Function:
         value = self.function(output)
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"likelihood: expected a function that returns one tensor (N, ...), got "
+                "likelihood: expected a tensor (N, ...) to average from the function, got "
                 f"{_kind(value)}; for a model with several heads give a function for each, lambda "
                 "output: output[0].softmax(1), or loop over fixed_sample(model, seed, sample=s)"
             )
