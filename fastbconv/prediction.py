@@ -103,7 +103,9 @@ def predict(
     returns, to rounding (64 machine epsilon of the largest value, or 4 of a dtype of 16 bits, or of
     TF32, on the way), which costs that pass once for each prediction. Where it does not (rows on
     another axis, as in ``nn.LSTM`` without ``batch_first``; halves of a batch that belong together;
-    outputs that are no tensors with rows; an error), every function gets a pass of its own.
+    outputs that are no tensors with rows; random numbers of the model's own; an error), every
+    function gets a pass of its own. A compiled model is compiled for each number of functions in a
+    pass: for one, and for one or two others.
 
     Args:
         model: any module; it is given copies of the batches, and may change them in place.
@@ -215,12 +217,10 @@ class _Plan:
 
     def _rows_together(self, x: Tensor) -> int:
         """How many rows of a tensor make a batch: all, where a part of them is another input."""
-        cut = min(self.rows_per_pass(self.passes.batch(x[:2])), max(len(x), 1))
-        if cut < len(x) and not self.passes.rows_are_alike(
-            self.passes.batch(x[:2]), self.likelihood
-        ):
-            return len(x)
-        return cut
+        ends = self.passes.batch(torch.cat([x[:1], x[1:][-1:]]))  # neighbours may be equal
+        cut = min(self.rows_per_pass(ends), max(len(x), 1))
+        whole = cut < len(x) and not self.passes.rows_are_alike(ends, self.likelihood)
+        return len(x) if whole else cut
 
     def rows_per_pass(self, batch: Any) -> int:
         """How many rows of all functions together fit into memory."""

@@ -116,6 +116,25 @@ def test_rows_that_belong_together_are_not_cut_by_memory(name: str) -> None:
     assert_close(got.samples, separately(model.eval(), x, 2), 1e-5, 1e-6)
 
 
+def test_equal_neighbours_prove_nothing() -> None:
+    """Batch statistics of two equal rows are those of each alone."""
+    model, x = Batch(), torch.randn(6, 4)
+    x[1] = x[0]
+    got = fb.predict(model, x, 2, likelihood=logits, keep_samples=True, memory=1)
+    assert_close(got.samples, separately(model.eval(), x, 2), 1e-5, 1e-6)
+
+
+def test_a_likelihood_sees_the_passes_of_the_prediction_alone() -> None:
+    seen = []
+
+    def likelihood(output: Tensor) -> Tensor:
+        seen.append(tuple(output.shape))
+        return output
+
+    fb.predict(Mirrored(), torch.randn(5, 4), 4, likelihood=likelihood, memory=1)
+    assert seen == [(1, 3)] * 20
+
+
 def test_one_difference_from_its_first_batch_on_is_enough() -> None:
     """Tried once: afterwards each function has its pass."""
     model = Mirrored()
