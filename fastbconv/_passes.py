@@ -29,6 +29,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from . import _arguments
 from .contexts import installed
+from .layers._base import BayesLayer
+from .layers.tfp_base import VariationalLayer
 from .likelihoods import Likelihood
 from .models import bayesian_layers, fixed_sample, mean_weights, placement
 from .weight_samples import weight_samples
@@ -237,7 +239,11 @@ class Passes:
     # --- layers without a part --------------------------------------------------------------------
 
     def layers_left_out(self) -> list[str]:
-        """Names of the layers that no pass has called, without those of compiled modules."""
+        """Names of the layers that no pass has called.
+
+        Without those of compiled modules, which note no calls, and layers of the user's own, which
+        have only the mark of a Bayesian layer.
+        """
         compiled = {
             layer
             for module in self.model.modules()
@@ -247,7 +253,9 @@ class Passes:
         left = {
             layer
             for position, layer in enumerate(self.layers)
-            if position not in self.called and layer not in compiled
+            if position not in self.called
+            and layer not in compiled
+            and isinstance(layer, BayesLayer | VariationalLayer)
         }
         return [name for name, module in self.model.named_modules() if module in left]
 

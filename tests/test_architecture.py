@@ -63,7 +63,7 @@ ALLOWED = {
     "prune": "_surgery kl layers",
     "weight_samples": "_arguments contexts models",
     "likelihoods": "",  # what the output of a model means
-    "_passes": "_arguments contexts likelihoods models weight_samples",
+    "_passes": "_arguments contexts layers likelihoods models weight_samples",
     "prediction": "_arguments _passes likelihoods models",
     "keras_weights": "keras_weights models",  # h5py and tensorflow inside functions only
     "testing": "reference noise kl activations",
