@@ -7,7 +7,8 @@ the layer's state: deepcopy, pickle and state_dict leave it out.
 Note [Frames]. Every context that is entered adds one frame to each layer, under a token of its own,
 and takes that frame away again, wherever it then lies: contexts may end in any order. What a layer
 reads is the frames merged from the outermost to the innermost. Adding and taking away happen under
-a lock; the contexts themselves belong to the model, not to a thread.
+a lock; the contexts themselves belong to the model, not to a thread. A frame with the setting
+``apart`` hides the collectors of the frames outside of it: what runs inside is no training step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -23,6 +24,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .kl import NormalPrior
 
@@ -49,7 +51,11 @@ class KlCollector:
     def sum(self) -> Tensor:
         """The plain sum, in nats: a layer that ran twice counts once. 0-dim."""
         if not self.terms:
-            return torch.zeros(()) if self.like is None else self.like.new_zeros(())
+            if self.like is None:
+                return torch.zeros(())
+            if is_lazy(self.like):  # has no new_zeros, and is materialised later in place
+                return torch.zeros((), dtype=self.like.dtype, device=self.like.device)
+            return self.like.new_zeros(())
         values = list(self.terms.values())
         if len({(value.device, value.dtype) for value in values}) == 1:
             return torch.stack(values).sum()  # two launches for any number of layers
@@ -124,6 +130,7 @@ class LayerContext:
         group: draws the weights of this layer together with those of others.
         num_samples: weight draws of a call; None: what the call itself says.
         share_input: every draw reads all rows of the input; with ``num_samples``.
+        calls: the positions of the layers called so far, and the position of this layer.
         frames: what the contexts in force have set, (token, settings), outermost first.
     """
 
@@ -133,6 +140,7 @@ class LayerContext:
     group: Group | None = None
     num_samples: int | None = None
     share_input: bool = False
+    calls: tuple[set[int], int] | None = None
     frames: tuple[tuple[object, dict[str, Any]], ...] = ()
 
     @property
@@ -144,6 +152,12 @@ class LayerContext:
     def wants_kl(self) -> bool:
         """Whether a collector waits for the KL of this pass."""
         return len(self.sinks) > 0
+
+    def note_call(self) -> None:
+        """Notes that the layer takes part in the pass; compiled passes change nothing of theirs."""
+        if not torch.compiler.is_compiling() and self.calls is not None:
+            called, position = self.calls
+            called.add(position)
 
     def record(self, kl: Tensor) -> None:
         """Hands the KL of a forward pass to every collector."""
@@ -160,6 +174,7 @@ class LayerContext:
 
     def bind(self, output: Tensor) -> Tensor:
         """``output``, so that a checkpoint repeats this call under these settings or not at all."""
+        self.note_call()
         if (self.mode is None and self.num_samples is None) or torch.compiler.is_compiling():
             return output
         if torch._C._are_functorch_transforms_active() or not in_checkpoint():
@@ -176,7 +191,8 @@ def _merged(frames: tuple[tuple[object, dict[str, Any]], ...]) -> LayerContext |
     context = LayerContext(frames=frames)
     for _, settings in frames:
         settings = dict(settings)
-        settings["sinks"] = (*context.sinks, *settings.get("sinks", ()))
+        outer = () if settings.pop("apart", False) else context.sinks
+        settings["sinks"] = (*outer, *settings.get("sinks", ()))
         context = replace(context, **settings)
     return context
 
@@ -191,10 +207,22 @@ def _lock() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def installed(layers: Sequence[nn.Module], settings: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Adds one frame to each layer, and takes those frames away at the end, and no others."""
+def installed(
+    layers: Sequence[nn.Module],
+    settings: Sequence[dict[str, Any]],
+    check: Callable[[Sequence[nn.Module]], None] | None = None,
+) -> Iterator[None]:
+    """Adds one frame to each layer, and takes those frames away at the end, and no others.
+
+    Args:
+        layers: of one model.
+        settings: of each layer.
+        check: raises where the layers may not have another frame; nobody adds one meanwhile.
+    """
     token = _Token()
     with _lock():
+        if check is not None:
+            check(layers)
         for layer, own in zip(layers, settings, strict=True):
             layer._fb_context = _merged((*_frames(layer), (token, own)))
     try:

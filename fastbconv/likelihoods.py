@@ -194,7 +194,14 @@ class Function:
 
     def moments(self, output: Any) -> Moments:
         """The value of the function."""
-        return Moments(_tensor("callable", self.function(output)))
+        value = self.function(output)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                "likelihood: expected a tensor (N, ...) to average from the function, got "
+                f"{_kind(value)}; for a model with several heads give a function for each, lambda "
+                "output: output[0].softmax(1), or loop over fixed_sample(model, seed, sample=s)"
+            )
+        return Moments(value.double())
 
     def entropy(self, mean: Tensor) -> None:
         """None: nothing is known about the target."""

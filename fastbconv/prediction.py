@@ -5,24 +5,24 @@ sample=s)``, for every batch, whatever the batch size, the number of samples in 
 Every function's output is turned into moments by itself and added to the running statistics in the
 order of s, in float64: so the figures, too, do not depend on how the work was cut. Where the
 convolutions are our kernels they are the same bits; PyTorch's own may round differently at another
-batch size.
+batch size. What may share a pass is found out: see ``_passes``, Note [Sharing is proved].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import _arguments, likelihoods
+from ._passes import Forward, Passes, one_at_a_time, rows
 from .likelihoods import Likelihood, Moments
-from .models import bayesian_layers, eval_mode, fixed_sample, mean_weights, placement
-from .weight_samples import weight_samples
+from .models import bayesian_layers, eval_mode
 
 # Bytes of one pass: larger tensors leave a CPU's caches, and the allocator's for reuse.
 _MEMORY = {"cpu": 2**26}
@@ -73,6 +73,7 @@ def predict(
     *,
     likelihood: likelihoods.Name | Likelihood | Any = "categorical",
     seed: int | Tensor = 0,
+    forward: Forward | None = None,
     batch_size: int | None = None,
     samples_per_pass: int | None = None,
     memory: int | None = None,
@@ -89,27 +90,47 @@ def predict(
         mutual_information = entropy - expected_entropy
 
     The functions are the same for every batch and every call with this seed: function s is that of
-    ``with fixed_sample(model, seed, sample=s)``, on every rank. The model runs in ``eval()``
-    without gradients; the ``training`` flag of every module is put back, also after an exception.
-    Dropout is off; every Bayesian layer draws, whatever its ``eval_mode``. A model without Bayesian
-    layers is one function, and gets one sample. Several functions share a pass
-    (``weight_samples``); memory does not grow with ``num_samples`` unless samples are kept.
+    ``with fixed_sample(model, seed, sample=s)``, on every rank. The seed is 0 unless given, so that
+    ``torch.manual_seed`` changes nothing. The model runs in ``eval()`` without gradients; the
+    ``training`` flag of every module is put back, also after an exception. Dropout is off; every
+    Bayesian layer draws, whatever its ``eval_mode``. A model without Bayesian layers is one
+    function, and gets one sample. A ``collect_kl`` around it, and ``kl_loss`` after it, see nothing
+    of the prediction. Threads that predict with one model wait for each other; nothing else may
+    call it meanwhile.
+
+    Several functions share a pass (``weight_samples``) where the model treats the rows of its input
+    alike. That is tried: the first such pass has to return what a pass of its last function alone
+    returns, to rounding (64 machine epsilon of the largest value, or 4 of a dtype of 16 bits, or of
+    TF32, on the way), which costs that pass once for each prediction. Where it does not (rows on
+    another axis, as in ``nn.LSTM`` without ``batch_first``; halves of a batch that belong together;
+    outputs that are no tensors with rows; random numbers of the model's own; an error), every
+    function gets a pass of its own. A compiled model is compiled for each number of functions in a
+    pass: for one, and for one or two others.
 
     Args:
-        model: any module that treats the rows of its input alike.
+        model: any module; it is given copies of the batches, and may change them in place.
         x: a tensor (N, ...), or a DataLoader or other iterable of batches: tensors, or tuples whose
-            first element is taken. Moved to the device of the model's parameters.
+            first element is taken; with ``forward`` any structure of tensors. Moved to the device
+            of the model's parameters.
         num_samples: number of functions.
         likelihood: 'categorical' (logits, classes on axis 1; further axes become maps),
             'bernoulli' (a logit for each target), 'gaussian' (the pair (mean, variance)), an object
             of ``fastbconv.likelihoods``, or a function of what the model returned for one batch
             under one function, which gives the tensor to be averaged.
         seed: int or int64 tensor (2,).
-        batch_size: rows of a tensor ``x`` in one pass; None: as ``memory`` allows.
-        samples_per_pass: functions in one pass; None: as ``memory`` allows.
+        forward: how a batch is given to the model, ``forward(model, batch)``, the batch being on
+            the model's device; it has to call ``model``, before which rows are repeated (arguments
+            by keyword included). The rows are those of the first tensor with dimensions. None:
+            ``model(batch)`` of a tensor, ``model(batch[0])`` of a tuple or list.
+        batch_size: rows of a tensor ``x`` in one pass; None: as ``memory`` allows, where two rows
+            give what each gives alone; else all.
+        samples_per_pass: functions in one pass, at most; they are spread evenly, so that passes
+            have two sizes at most. An error where the model cannot have them. None: as ``memory``
+            allows, and one where functions cannot share a pass.
         memory: bytes that the tensors of one pass may take, weights apart; a rough bound, from the
             largest output of a module in a pass over one row with mean weights, made beforehand.
-            None: 64 MiB on a CPU, where more is slower, and 1 GiB elsewhere.
+            None: 64 MiB on a CPU, where more is slower, and 1 GiB elsewhere. Memory does not grow
+            with ``num_samples`` unless samples are kept.
         keep_samples: also return every function's own prediction.
         progress: a progress bar (tqdm) in samples of batches; None: on a terminal, where the work
             takes more than two seconds.
@@ -119,9 +140,15 @@ def predict(
 
     Raises:
         TypeError: ``x`` holds no tensors, or a likelihood of another type.
-        ValueError: a number that does not fit, an unknown likelihood, no batches, or an output with
-            another number of rows than expected.
+        ValueError: a number that does not fit, an unknown likelihood, no batches, or a model that
+            cannot have ``samples_per_pass`` functions in a pass.
         ImportError: ``progress=True`` without tqdm.
+
+    Warns:
+        UserWarning: Bayesian layers were not called, so that their noise has no part in the
+            prediction: the model reads ``layer.weight`` itself, the mean, as ``F.linear`` in a
+            ``forward`` of one's own and the fast path of ``nn.TransformerEncoderLayer`` do. Not
+            known of compiled modules.
 
     Example:
         >>> from fastbconv import BayesLinear
@@ -130,24 +157,37 @@ def predict(
         (torch.Size([5, 2]), torch.Size([5]))
     """
     num_samples = _arguments.integer("num_samples", num_samples, 1)
+    samples_per_pass = _optional("samples_per_pass", samples_per_pass)
+    if forward is not None and not callable(forward):
+        raise TypeError(
+            "forward: expected a function of the model and a batch, got "
+            f"{_arguments.type_name(forward)}; None calls model(batch)"
+        )
     plan = _Plan(
-        model,
+        Passes(model, seed, forward, insists=samples_per_pass is not None),
         likelihoods.resolve(likelihood),
         num_samples if bayesian_layers(model) else 1,
-        seed,
-        _optional("samples_per_pass", samples_per_pass),
+        samples_per_pass,
         _optional("memory", memory),
         keep_samples,
     )
     batch_size = _optional("batch_size", batch_size)
     if batch_size is not None and not isinstance(x, Tensor):
         raise ValueError(f"batch_size: expected None for an iterable of batches, got {batch_size}")
-    with eval_mode(model), torch.no_grad():
+    with one_at_a_time(model), eval_mode(model), torch.no_grad(), plan.passes.apart():
         batches = plan.batches(x, batch_size)
         with _bar(plan.num_samples, batches, progress) as advance:
             parts = [plan.predict_batch(batch, advance) for batch in batches]
     if not parts:
         raise ValueError("x: expected at least one batch, got none")
+    left_out = plan.passes.layers_left_out()
+    if left_out:
+        warnings.warn(
+            f"model: layers were not called, so that their noise has no part in the prediction: "
+            f"{_arguments.listed(left_out)}; a model that reads layer.weight gets the mean, "
+            "layer(x) draws",
+            stacklevel=2,
+        )
     return _concatenated(parts)
 
 
@@ -155,67 +195,62 @@ def predict(
 class _Plan:
     """One prediction: what is drawn, and in which pieces."""
 
-    model: nn.Module
+    passes: Passes
     likelihood: Likelihood
     num_samples: int
-    seed: int | Tensor
     samples_per_pass: int | None
     memory: int | None
     keep_samples: bool
     rows: int | None = None
 
-    def batches(self, x: Any, batch_size: int | None) -> Sequence[Tensor] | Iterable[Any]:
+    def batches(self, x: Any, batch_size: int | None) -> Iterable[Any]:
         """The batches, a tensor cut as memory allows."""
-        if not isinstance(x, Tensor):
-            if isinstance(x, str | bytes) or not isinstance(x, Iterable):
-                raise TypeError(
-                    "x: expected a tensor, or an iterable of tensors or of tuples that begin with "
-                    f"one, got {_arguments.type_name(x)}"
-                )
-            return x
-        _check_rows(x)
-        return x.split(batch_size or min(self.rows_per_pass(x), max(len(x), 1)))
+        if isinstance(x, Tensor):
+            return x.split(batch_size or self._rows_together(x)) if x.ndim else [x]
+        if isinstance(x, str | bytes | Mapping) or not isinstance(x, Iterable):
+            raise TypeError(
+                "x: expected a tensor, or an iterable of tensors or of tuples that begin with "
+                f"one, got {_arguments.type_name(x)}; one batch of another form is forward=..., "
+                "[x]"
+            )
+        return x
 
-    def rows_per_pass(self, batch: Tensor) -> int:
+    def _rows_together(self, x: Tensor) -> int:
+        """How many rows of a tensor make a batch: all, where a part of them is another input."""
+        ends = self.passes.batch(torch.cat([x[:1], x[1:][-1:]]))  # neighbours may be equal
+        cut = min(self.rows_per_pass(ends), max(len(x), 1))
+        whole = cut < len(x) and not self.passes.rows_are_alike(ends, self.likelihood)
+        return len(x) if whole else cut
+
+    def rows_per_pass(self, batch: Any) -> int:
         """How many rows of all functions together fit into memory."""
         if self.rows is None:
-            device, _ = placement(self.model)
-            largest = _largest_output(self.model, batch[:1].to(device))
-            memory = self.memory or _MEMORY.get(device.type, _DEVICE_MEMORY)
-            self.rows = max(1, memory // max(1, _PEAK * largest))
+            default = _MEMORY.get(self.passes.device.type, _DEVICE_MEMORY)
+            row = self.passes.bytes_per_row(batch)
+            self.rows = max(1, (self.memory or default) // max(1, _PEAK * row))
         return self.rows
 
     def predict_batch(self, batch: Any, advance: Any) -> Prediction:
         """All functions on one batch."""
-        batch = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        _check_rows(batch)
-        count = self.samples_per_pass or self.rows_per_pass(batch) // max(1, len(batch))
-        count = min(max(1, count), self.num_samples)
-        device, _ = placement(self.model)
-        batch = batch.to(device)
+        batch = self.passes.batch(batch)
+        count = self._count(batch)
         running = _Running(self.likelihood, self.keep_samples)
         for first in range(0, self.num_samples, count):
             # An output of this pass that a variable held would still be there during the next one.
-            outputs = self._outputs(batch, first, min(count, self.num_samples - first))
+            outputs = self.passes.outputs(batch, first, min(count, self.num_samples - first))
             for moments in map(self.likelihood.moments, outputs):
                 running.add(moments)
                 advance()
         return running.result()
 
-    def _outputs(self, batch: Tensor, first: int, count: int) -> Iterator[Any]:
-        """What the model returns under each of ``count`` functions, made in one pass."""
-        with fixed_sample(self.model, self.seed, sample=first), weight_samples(self.model, count):
-            output = self.model(batch)
-        n = len(batch)
-        for value in tree_leaves(output):
-            if isinstance(value, Tensor) and (not value.ndim or len(value) != count * n):
-                raise ValueError(
-                    f"model: expected an output of {count * n} rows for {count} groups of {n}, got "
-                    f"shape {tuple(value.shape)}; a model that needs the whole batch takes "
-                    "samples_per_pass=1"
-                )
-        for s in range(count):
-            yield tree_map_only(Tensor, lambda value, s=s: value[s * n : (s + 1) * n], output)
+    def _count(self, batch: Any) -> int:
+        """Functions in a pass: evenly, since a compiled model is compiled for each number."""
+        n = rows(batch)
+        if n == 0 or self.passes.shares is False:
+            return 1
+        count = min(self.samples_per_pass or self.rows_per_pass(batch) // n, self.num_samples)
+        passes = -(-self.num_samples // max(1, count))
+        return -(-self.num_samples // passes)
 
 
 @dataclass
@@ -287,35 +322,6 @@ def _optional(name: str, value: int | None) -> int | None:
     return None if value is None else _arguments.integer(name, value, 1)
 
 
-def _check_rows(batch: object) -> None:
-    if not isinstance(batch, Tensor):
-        raise TypeError(
-            "x: expected a tensor, or an iterable of tensors or of tuples that begin with one, got "
-            f"{_arguments.type_name(batch)} in it"
-        )
-    if not batch.ndim:
-        raise ValueError("x: expected rows, got a tensor without dimensions")
-
-
-def _largest_output(model: nn.Module, row: Tensor) -> int:
-    """Bytes of the largest output of a module, for these rows; no noise is drawn."""
-    model = getattr(model, "_orig_mod", model)  # compiled modules do not call new hooks
-    sizes = [row.numel() * row.element_size()]
-
-    def note(_module: nn.Module, _input: Any, output: Any) -> None:
-        tensors = (value for value in tree_leaves(output) if isinstance(value, Tensor))
-        sizes.extend(value.numel() * value.element_size() for value in tensors)
-
-    handles = [module.register_forward_hook(note) for module in model.modules()]
-    try:
-        with mean_weights(model):
-            model(row)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return max(sizes)
-
-
 @contextmanager
 def _bar(num_samples: int, batches: Any, wanted: bool | None) -> Iterator[Any]:
     """What to call after every sample of a batch; a bar advances with it where one is wanted."""
@@ -330,10 +336,12 @@ def _bar(num_samples: int, batches: Any, wanted: bool | None) -> Iterator[Any]:
                     "progress=False"
                 ) from error
     if tqdm is None:
-        with nullcontext():
-            yield lambda: None
+        yield lambda: None
         return
-    total = num_samples * len(batches) if hasattr(batches, "__len__") else None
+    try:
+        total = num_samples * len(batches)
+    except TypeError:  # an iterator, or a DataLoader of an IterableDataset
+        total = None
     delay, disable = (0.0, False) if wanted else (_QUIET_SECONDS, None)
     options = {"delay": delay, "disable": disable, "desc": "predict", "unit": "sample"}
     with tqdm(total=total, leave=False, **options) as bar:

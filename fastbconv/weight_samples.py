@@ -8,11 +8,15 @@ a deterministic part before it runs once on N rows, and a Bayesian layer there r
 with ``share_input``. It does not move to a module that the model holds twice. In a ``forward`` of
 one's own nobody can tell whether a tensor has been repeated already (a skip connection may bring
 the N rows of the input to the n * N of a layer), so that the place stays in front of it.
+
+Note [A copy belongs to no block]. Hooks do what a block asks for, and deepcopy copies the hooks of
+a module with it: the layers of a copy know no block, and neither may its hooks, which repeat one
+row once, that is do nothing. So copied and pickled hooks forget n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,14 +40,20 @@ def weight_samples(model: nn.Module, n: int) -> Iterator[None]:
         output[s * N + i] = f_s(input[i])      s < n: function s, from draw s of every layer
 
     The output is sample-major: ``output.unflatten(0, (n, -1))`` has one row of functions. The model
-    is called with its N rows as ever; where they are repeated, see Note [Where rows are repeated].
-    A module of the model that is called by itself takes its rows as n equal consecutive groups. All
-    draws are shared weight draws, whatever the estimator of a layer; means (``mean_weights``,
-    ``eval_mode='mean'``) stay means. Each call draws n functions anew, unless a seed is given: with
-    ``fixed_sample(model, seed)`` draw s is that of ``fixed_sample(model, seed, sample=s)``.
+    is called with its N rows as ever. They are repeated before it or, inside of ``nn.Sequential``,
+    before the first child that holds a Bayesian layer: a call of that module by itself, inside the
+    block, repeats its rows too. Any other module of the model that is called by itself, a child of
+    that module as well, takes its rows as n equal consecutive groups. All draws are shared weight
+    draws, whatever the estimator of a layer; means (``mean_weights``, ``eval_mode='mean'``) stay
+    means. Each call draws n functions anew, unless a seed is given, which is that of a
+    ``fixed_sample``: in ``fixed_sample(model, seed)`` draw s is that of
+    ``fixed_sample(model, seed, sample=s)``.
 
-    Nests with ``fixed_sample``, ``collect_kl`` and ``mean_weights``, in any order. A compiled model
-    is called inside the block as any other; the block stays outside of compiled functions.
+    A model that mixes rows (rows on another axis, as in ``nn.LSTM`` without ``batch_first``; halves
+    of a batch), or gives a layer something else than its rows, mixes the draws, which nothing here
+    finds out; ``predict`` does. Nests with ``fixed_sample``, ``collect_kl`` and ``mean_weights``,
+    in any order. A compiled model is called inside the block as any other, and is compiled again
+    for every other n; the block stays outside of compiled functions.
     With activation checkpointing ``backward()`` belongs into the block, as with ``fixed_sample``.
 
     Args:
@@ -66,16 +76,11 @@ def weight_samples(model: nn.Module, n: int) -> Iterator[None]:
     """
     n = _arguments.integer("n", n, 1)
     layers = bayesian_layers(model)
-    if any(_num_samples(layer) is not None for layer in layers):
-        raise ValueError(
-            "model: expected layers outside any other weight_samples block, got some inside one; "
-            "multiply the numbers of draws in one block instead"
-        )
     entry = _entry(model)
     settings = [{"num_samples": n, "share_input": layer is entry} for layer in layers]
-    with ExitStack() as stack, installed(layers, settings):
+    with ExitStack() as stack, installed(layers, settings, _outside_any_other):
         if n > 1:
-            stack.enter_context(model.register_forward_pre_hook(_refuse_batch_statistics))
+            stack.enter_context(model.register_forward_pre_hook(_RefuseBatchStatistics(n)))
         if n > 1 and not any(layer is entry for layer in layers):
             repeat = _Repeat(n)
             stack.enter_context(entry.register_forward_pre_hook(repeat, with_kwargs=True))
@@ -85,6 +90,14 @@ def weight_samples(model: nn.Module, n: int) -> Iterator[None]:
 def _num_samples(layer: nn.Module) -> int | None:
     context: LayerContext | None = getattr(layer, "_fb_context", None)
     return None if context is None else context.num_samples
+
+
+def _outside_any_other(layers: Sequence[nn.Module]) -> None:
+    if any(_num_samples(layer) is not None for layer in layers):
+        raise ValueError(
+            "model: expected layers outside any other weight_samples block, got some inside one; "
+            "multiply the numbers of draws in one block instead"
+        )
 
 
 def _entry(model: nn.Module) -> nn.Module:
@@ -100,15 +113,24 @@ def _entry(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Repeat:
-    """A hook that hands a module n copies of its rows, one after the other."""
+class _Hook:
+    """What a block does before a call; see Note [A copy belongs to no block]."""
 
     n: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (1,)
+
+
+class _Repeat(_Hook):
+    """Hands a module n copies of its rows, one after the other."""
+
     def __call__(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Repeats every tensor that has the rows of the first one."""
+        if self.n == 1:
+            return None
         given = (arguments, keywords)
         tensors = [value for value in tree_leaves(given) if isinstance(value, Tensor)]
         batch = next((tensor.shape[0] for tensor in tensors if tensor.ndim), None)
@@ -120,12 +142,18 @@ class _Repeat:
         return torch.cat([value] * self.n)  # keeps the memory format, which repeat() does not
 
 
-def _refuse_batch_statistics(model: nn.Module, arguments: tuple[Any, ...]) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            kind = "in training mode" if module.training else "without running statistics"
-            raise ValueError(
-                f"model: expected batch norm with running statistics, got {name!r} {kind}: the "
-                "statistics of a batch would mix the functions; call model.eval(), or the model "
-                "once for each draw"
-            )
+class _RefuseBatchStatistics(_Hook):
+    """Raises where the statistics of a batch would mix the functions."""
+
+    def __call__(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Looks for batch norm that reads them."""
+        if self.n == 1:
+            return
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                kind = "in training mode" if module.training else "without running statistics"
+                raise ValueError(
+                    f"model: expected batch norm with running statistics, got {name!r} {kind}: "
+                    "the statistics of a batch would mix the functions; call model.eval(), or the "
+                    "model once for each draw"
+                )

@@ -39,6 +39,18 @@ def images(n: int = 7) -> Tensor:
     return torch.randn(n, 3, 8, 8)
 
 
+def wide(layer: nn.Module) -> nn.Module:
+    """A layer whose functions differ."""
+    with torch.no_grad():
+        layer.weight_rho += 2.0
+    return layer
+
+
+def logits(output: Tensor) -> Tensor:
+    """As likelihood: the output itself."""
+    return output
+
+
 def separately(model: nn.Module, x: Tensor, num_samples: int, seed: int = 0) -> Tensor:
     """(num_samples, N, ...) outputs, one pass for each function."""
     outputs = []

@@ -64,7 +64,8 @@ ALLOWED = {
     "prune": "_surgery kl layers",
     "weight_samples": "_arguments contexts models",
     "likelihoods": "",  # what the output of a model means
-    "prediction": "_arguments likelihoods models weight_samples",
+    "_passes": "_arguments contexts layers likelihoods models weight_samples",
+    "prediction": "_arguments _passes likelihoods models",
     "keras_weights": "keras_weights models",  # h5py and tensorflow inside functions only
     "testing": "reference noise kl activations",
     "train": "__init__ _version train functional kl layers models noise",

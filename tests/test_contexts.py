@@ -278,6 +278,17 @@ def test_a_reentrant_checkpoint_leaves_the_kl_without_gradient_and_says_so() -> 
     assert kl.sum().requires_grad
 
 
+def test_a_collector_of_a_lazy_model_is_zero_before_the_first_call() -> None:
+    """PyTorch's own error said that the parameter is uninitialised."""
+    layer = fb.LazyBayesLinear(3, dtype=torch.float64)
+    with fb.collect_kl(layer) as kl:
+        assert kl.sum().dtype == torch.float64
+        assert kl.sum().item() == 0.0
+        assert "0 layers, sum 0 nats" in repr(kl)
+        layer(torch.ones(2, 4, dtype=torch.float64))
+    assert_close(kl.sum(), fb.kl_loss(layer), 1e-6, 0)
+
+
 def test_a_collector_prints_its_sum() -> None:
     layer = fb.BayesLinear(4, 4)
     with fb.collect_kl(layer) as kl:

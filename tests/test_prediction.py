@@ -207,8 +207,9 @@ def test_a_model_that_mixes_rows_is_told_so() -> None:
             return x.sum(0, keepdim=True)
 
     model = nn.Sequential(fb.BayesLinear(4, 3), Sum())
-    with pytest.raises(ValueError, match=r"expected an output of 4 rows .* samples_per_pass=1"):
-        fb.predict(model, torch.ones(2, 4), 2)
+    with pytest.raises(ValueError, match=r"got .* of shape \(1, 3\) instead of 4 rows.*or None"):
+        fb.predict(model, torch.ones(2, 4), 2, samples_per_pass=2)
+    assert fb.predict(model, torch.ones(2, 4), 2).mean.shape == (1, 3)  # a pass for each
 
 
 # --- the model is left as it was ------------------------------------------------------------------

@@ -232,6 +232,8 @@ class BayesLayer(nn.Module):
         mean = self._means_by_itself and not named
         estimator = self.estimator
         bound, own = context, self._fb_context
+        if own is not None:
+            own.note_call()
         if own is not None and own.num_samples is not None and num_samples == 1:
             bound, num_samples, share_input = own, own.num_samples, own.share_input
             estimator = "reparameterization"  # a group of rows is one function
