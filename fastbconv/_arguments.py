@@ -9,8 +9,6 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from . import _native
-
 IntPair = int | Sequence[int]
 PaddingLike = str | int | Sequence[int] | Sequence[Sequence[int]]
 Padding = Literal["same"] | tuple[int, ...]
@@ -372,19 +370,3 @@ def extents(
                 f"input: expected a padded size of at least {span - stride[axis]} for a filter of "
                 f"{filter[axis]} with dilation {dilation[axis]}, got {padded}"
             )
-
-
-def reshaped(output: Tensor, shape: Sequence[int]) -> Tensor:
-    """An operator's result under another shape.
-
-    Not a view as autograd sees it, for FSDP2 warns of modules that return one. The operator may
-    have saved its result for backward: both share a version, so that an in-place function after
-    the layer is an error where it would change what was saved, and works where nothing was.
-    """
-    if torch.compiler.is_compiling():  # in-place functions are made functional
-        return torch.ops.aten._unsafe_view.default(output, list(shape))
-    if type(output) is Tensor and not torch._C._are_functorch_transforms_active():
-        native = _native.load()
-        if native is not None:
-            return native.reshaped(output, list(shape))
-    return output.view(shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -195,3 +195,19 @@ def split_prior(
             tensors.append(None)
             numbers.append(value)
     return tuple(numbers), tuple(tensors)
+
+
+def reshaped(output: Tensor, shape: Sequence[int]) -> Tensor:
+    """An operator's result under another shape.
+
+    Not a view as autograd sees it, for FSDP2 warns of modules that return one. The operator may
+    have saved its result for backward: both share a version, so that an in-place function after
+    the layer is an error where it would change what was saved, and works where nothing was.
+    """
+    if torch.compiler.is_compiling():  # in-place functions are made functional
+        return torch.ops.aten._unsafe_view.default(output, list(shape))
+    if type(output) is Tensor and not torch._C._are_functorch_transforms_active():
+        native = ops.native()
+        if native is not None:
+            return native.reshaped(output, list(shape))
+    return output.view(shape)

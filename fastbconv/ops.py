@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ def available() -> bool:
                     torch.library.register_fake(f"fastbconv::{name}", fake)
                 _state["available"] = loaded  # last: who reads it takes no lock
     return _state["available"]
+
+
+def native() -> ModuleType | None:
+    """The native library, for what is no operator; None: it cannot be used."""
+    return _native.load() if available() else None
 
 
 @torch.compiler.assume_constant_result

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastbconv import _arguments, activations, kl
+from fastbconv import _arguments, _call, activations, kl
 from fastbconv.activations import ActivationLike
 from fastbconv.estimators import Estimator
 from fastbconv.kl import PriorLike
@@ -113,7 +113,7 @@ def bayes_conv1d(
         row_offset=row_offset,
     )
     output, total = result if return_kl else (result, None)
-    output = _arguments.reshaped(output, (*output.shape[:2], output.shape[3]))
+    output = _call.reshaped(output, (*output.shape[:2], output.shape[3]))
     output = output.squeeze(0) if unbatched else output
     if resolved.fn is not None:
         output = resolved.fn(output)

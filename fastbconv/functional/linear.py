@@ -108,7 +108,7 @@ def bayes_linear(
     lead = list(input.shape[:-1])
     if share_input and lead:
         lead[0] *= num_samples
-    output = _arguments.reshaped(output, (*lead, weight.shape[0]))
+    output = _call.reshaped(output, (*lead, weight.shape[0]))
     if resolved.fn is not None:
         output = resolved.fn(output)
     return (output, total) if return_kl else output
