@@ -150,6 +150,8 @@ def tensor(name: str, value: object) -> Tensor:
         raise TypeError(
             f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}"
         )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}; use .to_dense()")
     return value
 
 

@@ -67,6 +67,16 @@ CASES = {
         TypeError,
         ["element_offset", "integer", "(0, 1)"],
     ),
+    "sparse input": (
+        lambda: linear(input=torch.zeros(4, 6).to_sparse()),
+        TypeError,
+        ["input", "dense", "torch.sparse_coo", "to_dense"],
+    ),
+    "sparse input of a layer": (
+        lambda: fb.BayesLinear(6, 3)(torch.zeros(4, 6).to_sparse()),
+        TypeError,
+        ["input", "dense", "torch.sparse_coo", "to_dense"],
+    ),
     # shapes
     "input rank": (lambda: conv(X[0, 0]), ValueError, ["input", "(N, C, H, W)", "(8, 8)"]),
     "input channels": (lambda: conv(X[:, :5]), ValueError, ["input", "6 channels", "got 5"]),
