@@ -46,6 +46,23 @@ inline bool random_problem(Random& random, Problem* out) {
   return s.P > 0 && s.Q > 0;
 }
 
+// Few pixels and many weights, so that Winograd draws them in the tasks that multiply them (more than 2 MB of
+// packed weights), or only stages its input (more than 528 tiles and 8 MB: `tiles`).
+inline Problem large_problem(Random& random, bool tiles) {
+  ConvShape s = {};
+  s.groups = s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+  s.R = s.S = 3;
+  s.C = tiles ? random.between(363, 370) : random.between(185, 220);
+  s.K = tiles ? random.between(363, 370) : random.between(185, 220);
+  s.H = tiles ? 1 : random.between(1, 5), s.W = tiles ? 2 : random.between(1, 5);
+  s.pad_top = s.pad_bottom = s.pad_left = s.pad_right = 1;
+  s.num_samples = tiles ? 1 : random.between(1, 2);
+  s.share_input = s.num_samples > 1 && random.below(2) == 0;
+  s.N = tiles ? 530 : s.num_samples * random.between(1, 2);
+  s.P = s.H, s.Q = s.W;
+  return {s};
+}
+
 // An image tensor with padding around it, in one of three layouts.
 template <typename T>
 struct Image {

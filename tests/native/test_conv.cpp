@@ -166,6 +166,14 @@ int main(int argc, char** argv) {
         check_problem<float, BFloat16>(random, problem, kernels<float>().pairs, "pairs");
       }
     }
+    for (int64_t i = 0; i < count / 50 && harness::failures < 5; ++i) {
+      check_methods<float>(random, large_problem(random, false));
+    }
+    if (count > 0) {
+      const Problem problem = large_problem(random, true);
+      check_problem<float, float>(random, problem, conv_kernels<float>(Algorithm::kWinograd2), "winograd2",
+                                  tolerance_of<float>(Algorithm::kWinograd2));
+    }
   }
   return harness::report("conv");
 }
