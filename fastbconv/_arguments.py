@@ -347,6 +347,19 @@ def _check_bias(
         raise TypeError(f"bias: expected {weight.dtype} of the weight, got {bias.dtype}")
 
 
+def one_channel(image: Tensor, weight: Tensor) -> Tensor:
+    """An image of one channel, which is in both memory formats, as one in that of the weight.
+
+    ``contiguous(memory_format=...)`` leaves such an image as it is, so that only the weight tells
+    what the model was brought into; the output goes on in that, as PyTorch's does.
+    """
+    n, channels, height, width = image.shape
+    both = channels == 1 and image.stride(1) != 1 and weight.stride(1) == 1
+    if not both or torch._C._are_functorch_transforms_active() or not image.is_contiguous():
+        return image
+    return image.view(n, height, width, 1).permute(0, 3, 1, 2)
+
+
 def rows(input: Tensor, num_samples: int) -> None:
     integer("num_samples", num_samples, 1)
     if input.shape[0] % num_samples != 0:

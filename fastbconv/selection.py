@@ -243,6 +243,7 @@ def explain(
     affine = estimators.check(estimator) != 0
     input, _ = _arguments.batched_image(input, num_samples)
     _arguments.conv_tensors(input, weight, None, None, None, groups)
+    input = _arguments.one_channel(input, weight)
     _arguments.dtypes(input, "weight", weight)
     num_samples = _arguments.integer("num_samples", num_samples, 1)
     if not share_input:

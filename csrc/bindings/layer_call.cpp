@@ -122,10 +122,16 @@ class LayerCall {
                      activation_param_, /*num_samples=*/1, /*share_input=*/false, offset_add,
                      /*element_offset=*/{0, 0}, algorithm, keep_weight, /*save_pre_activation=*/false);
     };
-    if (!linear_) return call(x, loc, rho);
+    if (!linear_) return call(one_channel(x, loc), loc, rho);
     Tensors4 out = call(x.reshape({x.size(0), x.size(1), 1, 1}), as_filter(loc), as_filter(rho));
     std::get<0>(out) = reshaped(std::get<0>(out), {x.size(0), loc.size(0)});
     return out;
+  }
+
+  // As one_channel() of fastbconv/_arguments.py.
+  static at::Tensor one_channel(const at::Tensor& image, const at::Tensor& weight) {
+    if (image.size(1) != 1 || image.stride(1) == 1 || weight.stride(1) != 1 || !image.is_contiguous()) return image;
+    return image.view({image.size(0), image.size(2), image.size(3), 1}).permute({0, 3, 1, 2});
   }
 
   static at::Tensor as_filter(const at::Tensor& matrix) { return matrix.unsqueeze(-1).unsqueeze(-1); }

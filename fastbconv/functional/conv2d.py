@@ -80,7 +80,7 @@ def bayes_conv2d(
 
     Shape:
         output: (rows, K, H_out, W_out), rows = num_samples * N with ``share_input``, else N; in the
-        memory format of ``input``.
+        memory format of ``input`` (of ``weight``, for the one channel that has both).
 
     Returns:
         The output in the dtype of ``input`` (of autocast, inside it); with ``return_kl`` the pair
@@ -100,6 +100,7 @@ def bayes_conv2d(
     resolved = activations.resolve(activation, channel_dim=-3)  # of (N, K, P, Q) and (K, P, Q)
     input, unbatched = _arguments.batched_image(input, num_samples)
     _arguments.conv_tensors(input, weight, weight_rho, bias, bias_rho, groups)
+    input = _arguments.one_channel(input, weight)
     stride, dilation = _arguments.pair("stride", stride), _arguments.pair("dilation", dilation)
     filter = (weight.shape[2], weight.shape[3])
     extent = (input.shape[2], input.shape[3])
