@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import _arguments, _native, activations, kl, noise, ops, selection
 
+_ONES, _ZEROS = (1, 1), (0, 0, 0, 0)  # of the axes that an image has more
 _NAMES = frozenset(("weight", "weight_rho", "bias", "bias_rho"))
 
 
@@ -44,8 +45,8 @@ def quick_call(
         layer: a BayesLayer.
         input: of the call.
         seed: of the call.
-        geometry: (stride, padding, dilation, groups) of a two-dimensional convolution with zeros
-            around the image; None: a linear layer.
+        geometry: (stride, padding, dilation, groups) of a convolution of one or two dimensions
+            with zeros around the image; None: a linear layer.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
@@ -95,8 +96,9 @@ def _prepare(
     """Parses the constant arguments of a layer."""
     resolved = activations.resolve(activation)
     plain = layer.estimator == "reparameterization" and resolved.fn is None
-    stride, padding, dilation, groups = geometry or ((1, 1), (0, 0), (1, 1), 1)
-    pads = _fixed_padding(padding, layer, stride, dilation) if geometry else (0, 0, 0, 0)
+    stride, padding, dilation, groups = geometry or ((), (), (), 1)
+    rank = len(stride)
+    pads = _fixed_padding(padding, layer, stride, dilation) if geometry else ()
     if not plain or pads is None or not ops.available():
         return Prepared(key, None, False)
     prior = layer._prior
@@ -106,24 +108,24 @@ def _prepare(
     call = _native.load().LayerCall(
         prior=(prior.loc, prior.scale) * 2 if numbers else (0.0, 1.0, 0.0, 1.0),
         scale_floor=kl.default_scale_floor(layer.weight.dtype),
-        stride=stride,
-        padding=pads,
-        dilation=dilation,
+        stride=(*_ONES[rank:], *stride),
+        padding=(*_ZEROS[2 * rank :], *pads),
+        dilation=(*_ONES[rank:], *dilation),
         groups=groups,
         activation=resolved.id,
         activation_param=resolved.param,
-        linear=geometry is None,
+        rank=rank,
         cuda=ops.cuda(),
     )
     return Prepared(key, call, numbers)
 
 
 def _fixed_padding(
-    padding: Any, layer: nn.Module, stride: tuple[int, int], dilation: tuple[int, int]
+    padding: Any, layer: nn.Module, stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """Top, bottom, left, right; None where they depend on the image ('same' with a stride)."""
-    form = _arguments.padding_form(padding)
-    if form == "same" and stride != (1, 1):
+    """Before and after each axis; None where they depend on the image ('same' with a stride)."""
+    form = _arguments.padding_form(padding, len(stride))
+    if form == "same" and any(step != 1 for step in stride):
         return None
     filter = tuple(layer.weight.shape[2:])
     return _arguments.resolve_padding(form, filter, filter, stride, dilation)

@@ -47,6 +47,15 @@ def long_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: fb.BayesConv2d(4, 6, 3), (2, 4, 7, 5)),
+    "conv1d": (lambda: fb.BayesConv1d(4, 6, 3, activation="relu"), (2, 4, 9)),
+    "conv1d, options": (
+        lambda: fb.BayesConv1d(
+            *(4, 6, 3), stride=2, padding=((2, 1),), dilation=2, groups=2, bayesian_bias=True
+        ),
+        (3, 4, 11),
+    ),
+    "conv1d, same": (lambda: fb.BayesConv1d(1, 5, 4, padding="same", bias=False), (2, 1, 9)),
+    "conv1d, pixels": (lambda: fb.BayesConv1d(1, 5, 1), (2, 1, 9)),
     "options": (
         lambda: fb.BayesConv2d(
             *(4, 6, 3),

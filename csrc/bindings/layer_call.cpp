@@ -46,10 +46,11 @@ bool is_like(const at::Tensor& tensor, const at::Tensor& other) {
 
 class LayerCall {
  public:
-  // linear: input (N, C), weight (K, C); else (N, C, H, W), (K, C/G, R, S). cuda: whether there are kernels.
+  // rank 0: input (N, C), weight (K, C); 1: (N, C, W), (K, C/G, S); 2: (N, C, H, W), (K, C/G, R, S). The geometry
+  // is that of an image, of one row below rank 2. cuda: whether there are kernels.
   LayerCall(std::array<double, 4> prior, double scale_floor, std::array<int64_t, 2> stride,
             std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups, int64_t activation,
-            double activation_param, bool linear, bool cuda)
+            double activation_param, int64_t rank, bool cuda)
       : prior_(prior),
         scale_floor_(scale_floor),
         stride_(stride),
@@ -58,7 +59,7 @@ class LayerCall {
         groups_(groups),
         activation_(activation),
         activation_param_(activation_param),
-        linear_(linear),
+        rank_(rank),
         cuda_(cuda) {}
 
   // The output, or (output, kl) with with_kl; None: not served. seed None: drawn from torch's generator.
@@ -88,7 +89,7 @@ class LayerCall {
 
   bool fits(const at::Tensor& x, const at::Tensor& loc, const at::Tensor& rho, const OptionalTensor& bias,
             const OptionalTensor& bias_rho) const {
-    const int64_t dim = linear_ ? 2 : 4;
+    const int64_t dim = rank_ + 2;
     const bool floating = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
     if (!(x.is_cpu() || (x.is_cuda() && cuda_)) || !floating || x.dim() != dim || loc.dim() != dim) return false;
     if (!is_like(x, x) || !is_like(loc, x) || !is_like(rho, x) || rho.sizes() != loc.sizes()) return false;
@@ -98,10 +99,10 @@ class LayerCall {
       if (part && (!is_like(*part, x) || part->dim() != 1 || part->size(0) != loc.size(0))) return false;
     }
     if (!bias && bias_rho) return false;
-    if (linear_) return true;
-    for (int64_t i = 0; i < 2; ++i) {  // the filter lies inside the padded image
-      const int64_t padded = x.size(2 + i) + padding_[2 * i] + padding_[2 * i + 1];
-      if (padded < (loc.size(2 + i) - 1) * dilation_[i] + 1) return false;
+    for (int64_t axis = 2 - rank_; axis < 2; ++axis) {  // the filter lies inside the padded image
+      const int64_t dim_of = axis + rank_;
+      const int64_t padded = x.size(dim_of) + padding_[2 * axis] + padding_[2 * axis + 1];
+      if (padded < (loc.size(dim_of) - 1) * dilation_[axis] + 1) return false;
     }
     return true;
   }
@@ -122,10 +123,18 @@ class LayerCall {
                      activation_param_, /*num_samples=*/1, /*share_input=*/false, offset_add,
                      /*element_offset=*/{0, 0}, algorithm, keep_weight, /*save_pre_activation=*/false);
     };
-    if (!linear_) return call(one_channel(x, loc), loc, rho);
-    Tensors4 out = call(x.reshape({x.size(0), x.size(1), 1, 1}), as_filter(loc), as_filter(rho));
-    std::get<0>(out) = reshaped(std::get<0>(out), {x.size(0), loc.size(0)});
+    if (rank_ == 2) return call(one_channel(x, loc), loc, rho);
+    const at::Tensor image = as_image(x), filter = as_image(loc);
+    Tensors4 out = call(rank_ == 0 ? image : one_channel(image, filter), filter, as_image(rho));
+    at::Tensor& output = std::get<0>(out);
+    output = rank_ == 0 ? reshaped(output, {output.size(0), output.size(1)})
+                        : reshaped(output, {output.size(0), output.size(1), output.size(3)});
     return out;
+  }
+
+  // (N, C) or (N, C, W) as (N, C, 1, 1) or (N, C, 1, W).
+  static at::Tensor as_image(const at::Tensor& tensor) {
+    return tensor.dim() == 2 ? tensor.unsqueeze(-1).unsqueeze(-1) : tensor.unsqueeze(2);
   }
 
   // As one_channel() of fastbconv/_arguments.py.
@@ -133,8 +142,6 @@ class LayerCall {
     if (image.size(1) != 1 || image.stride(1) == 1 || weight.stride(1) != 1 || !image.is_contiguous()) return image;
     return image.view({image.size(0), image.size(2), image.size(3), 1}).permute({0, 3, 1, 2});
   }
-
-  static at::Tensor as_filter(const at::Tensor& matrix) { return matrix.unsqueeze(-1).unsqueeze(-1); }
 
   // As noise.draw_seed() draws it.
   static at::Tensor drawn_seed(const at::Tensor& x) {
@@ -149,7 +156,8 @@ class LayerCall {
   std::array<int64_t, 2> dilation_;
   int64_t groups_, activation_;
   double activation_param_;
-  bool linear_, cuda_;
+  int64_t rank_;
+  bool cuda_;
 };
 
 }  // namespace
@@ -159,10 +167,10 @@ void define_layer_call(py::module_& m) {
         "The same memory and version in another shape, and no view: see reshaped() in autograd.h.");
   py::class_<LayerCall>(m, "LayerCall", "The constant arguments of a layer's calls.")
       .def(py::init<std::array<double, 4>, double, std::array<int64_t, 2>, std::array<int64_t, 4>,
-                    std::array<int64_t, 2>, int64_t, int64_t, double, bool, bool>(),
+                    std::array<int64_t, 2>, int64_t, int64_t, double, int64_t, bool>(),
            py::kw_only(), py::arg("prior"), py::arg("scale_floor"), py::arg("stride"), py::arg("padding"),
            py::arg("dilation"), py::arg("groups"), py::arg("activation"), py::arg("activation_param"),
-           py::arg("linear"), py::arg("cuda"))
+           py::arg("rank"), py::arg("cuda"))
       .def("__call__", &LayerCall::call, "The output, (output, KL), or None: this call goes the long way.");
 }
 

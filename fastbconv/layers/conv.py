@@ -104,7 +104,10 @@ class _BayesConv(BayesConvNd):
 
     def _quick(self, input: Tensor, seed: int | Tensor | None) -> Tensor | None:
         """The short way of a call, where this rank has one."""
-        return None
+        if self.rank == 3:
+            return None
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return quick_call(self, input, seed, geometry)
 
     def _padded(self, input: Tensor) -> tuple[Tensor, _arguments.PaddingLike]:
         """What is convolved, and with which zeros around it."""
@@ -252,10 +255,6 @@ class BayesConv2d(_BayesConv, nn.Conv2d):
 
     rank = 2
     function = staticmethod(functional.bayes_conv2d)
-
-    def _quick(self, input: Tensor, seed: int | Tensor | None) -> Tensor | None:
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return quick_call(self, input, seed, geometry)
 
     def _convolution_of(self, input: Tensor) -> tuple[Any, ...]:
         """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
