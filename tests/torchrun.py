@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -12,10 +13,14 @@ import pytest
 
 MEET = Path(__file__).parent / "distributed" / "meet.py"
 
-# The workers meet at the loopback address: a machine whose own name does not resolve, or resolves
-# to an interface without a route, has it too.
+# The workers meet at the loopback address, and gloo talks over its interface: a machine whose own
+# name does not resolve, or resolves to an interface without a route, has them too.
 _COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 _COMMAND += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+_LOOPBACK = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+if _LOOPBACK:
+    _ENVIRONMENT["GLOO_SOCKET_IFNAME"] = _LOOPBACK[0]
 
 
 def torchrun(program: Path, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
@@ -49,7 +54,7 @@ def _run(program: Path, *arguments: str, seconds: float) -> subprocess.Completed
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **_ENVIRONMENT},
     ) as process:
         try:
             out, err = process.communicate(timeout=seconds)

@@ -235,7 +235,8 @@ class BayesConv2d(_BayesConv, nn.Conv2d):
 
     Shape:
         input (N, C, H, W) or (C, H, W), any memory format; output (N, K, H_out, W_out) in the
-        memory format of the input, and in its dtype.
+        memory format of the input (one channel is in both: in that of the weight), and in its
+        dtype.
 
     Attributes:
         weight: (K, C/groups, R, S) posterior mean.
