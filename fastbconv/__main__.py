@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else "--help"
     if command == "env":
+        if arguments:
+            print(f"env: expected no arguments, got {' '.join(arguments)}", file=sys.stderr)
+            return 2
         return env()
     if command == "train":
         return _delegate("fastbconv.train.cli", "main", "train", arguments)

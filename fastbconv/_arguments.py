@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
 
 IntPair = int | Sequence[int]
 PaddingLike = str | int | Sequence[int] | Sequence[Sequence[int]]
@@ -34,6 +35,11 @@ def type_name(value: object) -> str:
     """The type of a refused value; with its module, since NumPy's bool is not Python's."""
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def is_lazy(parameter: Tensor | None) -> bool:
+    """torch.nn.parameter.is_lazy(), in words that torch.compile can trace."""
+    return isinstance(parameter, UninitializedTensorMixin)
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
@@ -351,11 +357,13 @@ def one_channel(image: Tensor, weight: Tensor) -> Tensor:
     """An image of one channel, which is in both memory formats, as one in that of the weight.
 
     ``contiguous(memory_format=...)`` leaves such an image as it is, so that only the weight tells
-    what the model was brought into; the output goes on in that, as PyTorch's does.
+    what the model was brought into; the output goes on in that, as PyTorch's does. A filter of one
+    tap is in both itself, and tells nothing.
     """
     n, channels, height, width = image.shape
     both = channels == 1 and image.stride(1) != 1 and weight.stride(1) == 1
-    if not both or torch._C._are_functorch_transforms_active() or not image.is_contiguous():
+    tells = both and weight.shape[2:].numel() > 1
+    if not tells or torch._C._are_functorch_transforms_active() or not image.is_contiguous():
         return image
     return image.view(n, height, width, 1).permute(0, 3, 1, 2)
 
@@ -375,13 +383,18 @@ def extents(
     filter: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
+    least: int = 0,
 ) -> None:
-    """A filter may just fail to fit (an empty output); beyond that there is no output at all."""
+    """Raises where an extent of the output is below ``least``.
+
+    0: a filter may just fail to fit (an empty output); beyond that there is no output at all.
+    """
     for axis, size in enumerate(extent):
         padded = size + padding[2 * axis] + padding[2 * axis + 1]
         span = (filter[axis] - 1) * dilation[axis] + 1
-        if padded - span + stride[axis] < 0:
+        needed = span + (least - 1) * stride[axis]
+        if padded < needed:
             raise ValueError(
-                f"input: expected a padded size of at least {span - stride[axis]} for a filter of "
+                f"input: expected a padded size of at least {needed} for a filter of "
                 f"{filter[axis]} with dilation {dilation[axis]}, got {padded}"
             )

@@ -31,11 +31,17 @@ def convolve(
         parts = x.sum() + weight.sum() + (0.0 if bias is None else bias.sum())
         return (parts * 0.0).expand(x.shape[0], weight.shape[0], *extents)
     before, after = tuple(padding[::2]), tuple(padding[1::2])
-    if before == after and 0 not in x.shape[2:]:
+    # Of filters with one tap the pixels that they meet, without a stride: for few channels last
+    # oneDNN's weight gradient writes past its workspace (uxlfoundation/oneDNN issue 6035).
+    meets_few = weight.shape[2:].numel() == 1 and max(stride) > 1
+    if before == after and 0 not in x.shape[2:] and not meets_few:
         pad = before
     else:
         sides = [zeros for pair in zip(before[::-1], after[::-1], strict=True) for zeros in pair]
         x, pad = F.pad(x, sides), (0,) * len(extents)
+    if meets_few:
+        x = x[(..., *(slice(None, None, step) for step in stride))]
+        stride = (1,) * len(extents)
     if x.dtype == torch.float64:  # ATen's float64 path wants the weight's gradient contiguous
         x, weight = x.contiguous(), weight.contiguous()
     function = (F.conv1d, F.conv2d, F.conv3d)[len(extents) - 1]

@@ -4,9 +4,11 @@ Note [Sharing is proved]. One pass for many functions, or over a part of the row
 model gives only where it treats the rows of its input alike. No model says so: rows may be another
 axis (``nn.LSTM``), two halves of a batch may belong together, a layer may be given something else
 than the batch. So ``predict`` tries: the first pass that several functions share has to return what
-a pass of the last of them alone returns, and two rows have to give what each gives alone. Where
-they do not, functions get a pass each, and all rows of a tensor stay together. The last function is
-the one that a state carried from row to row, or groups of another size, cannot leave as it is.
+passes of the first and of the last of them alone return, and two rows have to give what each gives
+alone. Where they do not, functions get a pass each, and all rows of a tensor stay together. Both
+ends, because a model that reads but the last of its rows, or takes the last as a reference, gives
+the last function alone its due. And functions, or rows, that hardly differ prove nothing: what
+mixing them changes would pass for rounding.
 
 Note [What lasts]. A prediction leaves nothing behind in a model: its passes run on copies of the
 batch, which a model may change in place; collectors of a training step do not see them; and the
@@ -38,6 +40,7 @@ from .weight_samples import weight_samples
 Forward = Callable[[nn.Module, Any], Any]
 
 _TF32_EPS = 2.0**-10
+_APART = 4.0  # times the rounding: by so much two functions, or rows, must differ to prove anything
 _LAST_CALLS = ("_last_draw", "_last")  # what layers of either face keep of their last call
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -102,14 +105,14 @@ class Passes:
 
     def outputs(self, batch: Any, first: int, count: int) -> Iterator[Any]:
         """What the model returns under each of ``count`` functions, in one pass if possible."""
+        alone: dict[int, Any] = {}
         if count > 1 and self.shares is not False:
-            # No variable here holds it: it would still be there during the next pass.
-            output = self._shared(batch, first, count)
+            output, alone = self._shared(batch, first, count)
             if output is not None:
                 yield from (_part(output[0], s, rows(batch)) for s in range(count))
                 return
         for sample in range(first, first + count):
-            yield self._run(batch, sample, 1)
+            yield alone.pop(sample) if sample in alone else self._run(batch, sample, 1)
 
     def _run(self, batch: Any, first: int, count: int, compiled: bool = True) -> Any:
         with fixed_sample(self.model, self.seed, sample=first), weight_samples(self.model, count):
@@ -119,37 +122,52 @@ class Passes:
         batch = tree_map_only(Tensor, torch.clone, batch)
         return model(batch) if self.forward is None else self.forward(model, batch)
 
-    def _shared(self, batch: Any, first: int, count: int) -> tuple[Any] | None:
-        """The output of one pass of several functions, in a tuple; None where they share none."""
-        n, last, expected = rows(batch), first + count - 1, None
+    def _shared(
+        self, batch: Any, first: int, count: int
+    ) -> tuple[tuple[Any] | None, dict[int, Any]]:
+        """The output of one pass of several functions, in a tuple; None where they share none: then
+        with what functions alone have returned on the way, by number."""
+        n, last = rows(batch), first + count - 1
+        alone: dict[int, Any] = {}
+        proves = False
         if self.shares is None:
             # Before the shared pass, and copied: a CUDA graph of torch.compile writes over it.
-            expected = tree_map_only(Tensor, torch.clone, self._run(batch, last, 1))
+            for sample in (first, last):
+                alone[sample] = tree_map_only(Tensor, torch.clone, self._run(batch, sample, 1))
+            fit = all(_unfit(output, n, 1) is None for output in alone.values())
+            proves = fit and self._difference(*alone.values(), _APART) is not None
+            if not fit and not self.insists:
+                self.shares = False
+            if not proves and not self.insists:
+                return None, alone
+        called = set(self.called)
         failure: Exception | None = None
         try:
             output = self._run(batch, first, count)
             wrong = _unfit(output, n, count)
-            if wrong is None and self.shares is None:
-                wrong = self._difference(_part(output, count - 1, n), expected)
+            for sample, expected in alone.items():
+                part = None if wrong else _part(output, sample - first, n)
+                wrong = wrong or self._difference(part, expected)
             if wrong is None:
-                self.shares = True
-                return (output,)
+                self.shares = self.shares or proves or None
+                return (output,), {}
         except Exception as error:  # whatever it is: if it is no matter of sharing, it comes again
             wrong = f"{type(error).__name__}: {error}"
             failure = error if self.insists else None  # holds the tensors of the pass
-        self.called.clear()
+        self.called.intersection_update(called)
         if not self.insists:
             self.shares = False
-            return None
-        self._run(batch, last, 1)
+            return None, alone
+        if not alone:
+            self._run(batch, last, 1)
         raise ValueError(
             f"samples_per_pass: expected a model that gives {count} functions in one pass over "
             f"{count} groups of {n} rows what it gives each, got {wrong}; use samples_per_pass=1 "
             "or None"
         ) from failure
 
-    def _difference(self, got: Any, expected: Any) -> str | None:
-        """What differs by more than rounding; None: nothing."""
+    def _difference(self, got: Any, expected: Any, times: float = 1.0) -> str | None:
+        """What differs by more than rounding, or ``times`` that; None: nothing."""
         (ours, our_form), (theirs, form) = tree_flatten(got), tree_flatten(expected)
         if our_form != form:
             return "an output of another structure"
@@ -162,7 +180,7 @@ class Passes:
                 return (
                     f"{one.dtype} {tuple(one.shape)} instead of {other.dtype} {tuple(other.shape)}"
                 )
-            elif one.numel() and _far(one, other, self._rounding(one.dtype)):
+            elif one.numel() and _far(one, other, times * self._rounding(one.dtype)):
                 return "other values"
         return None
 
@@ -213,7 +231,7 @@ class Passes:
         return max(sizes)
 
     def rows_are_alike(self, batch: Any, likelihood: Likelihood) -> bool:
-        """Whether two rows give what each gives alone.
+        """Whether two rows give what each gives alone, and not the same.
 
         That is the output where it has rows, and what the likelihood finds in it where only the
         likelihood knows: it may be a function that notes its calls.
@@ -227,6 +245,8 @@ class Passes:
             if _unfit(both, 1, 2) is not None:
                 both, *alone = (astuple(likelihood.moments(output)) for output in (both, *alone))
             if _unfit(both, 1, 2) is not None:
+                return False
+            if self._difference(*alone, _APART) is None:
                 return False
             return not any(
                 self._difference(_part(both, row, 1), one) for row, one in enumerate(alone)

@@ -35,6 +35,14 @@ class Prepared:
     call: Any
     has_kl: bool
 
+    # A copy of a layer makes its own, whoever copies it: a parametrized layer's class has another
+    # __getstate__ than ours.
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
 
 def quick_call(
     layer: nn.Module, input: Tensor, seed: int | Tensor | None, geometry: tuple[Any, ...] | None

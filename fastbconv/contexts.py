@@ -40,17 +40,28 @@ class KlCollector:
     Attributes:
         terms: layer position -> KL of its last pass, attached to the graph.
         like: the dtype and device of a sum without terms.
+        layers: how many Bayesian layers the model has.
     """
 
     terms: dict[int, Tensor] = field(default_factory=dict)
     like: Tensor | None = None
+    layers: int = 0
 
     def __repr__(self) -> str:
-        return f"KlCollector({len(self.terms)} layers, sum {float(self.sum().detach()):.6g} nats)"
+        total = float(self.sum().detach()) if self.terms else 0.0
+        return f"KlCollector({len(self.terms)} layers, sum {total:.6g} nats)"
 
     def sum(self) -> Tensor:
         """The plain sum, in nats: a layer that ran twice counts once. 0-dim."""
         if not self.terms:
+            if self.layers and not torch.compiler.is_compiling():
+                warnings.warn(
+                    f"collect_kl: expected the model to be called inside the block, but none of "
+                    f"its {self.layers} Bayesian layers was: this KL is 0. Call it there, or use "
+                    "fastbconv.kl_loss(model)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             if self.like is None:
                 return torch.zeros(())
             if is_lazy(self.like):  # has no new_zeros, and is materialised later in place

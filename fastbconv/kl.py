@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ class ScaleMixture:
         s2: that of the second component.
 
     Raises:
-        ValueError: ``pi`` outside (0, 1) or a scale that is not positive.
+        TypeError: no numbers. A mixture that is trained is an ``nn.Module`` whose ``forward()``
+            returns the distribution: the layer registers its parameters.
+        ValueError: ``pi`` outside (0, 1), or a scale that is not positive and finite.
 
     Example:
         >>> prior = ScaleMixture(pi=0.5, s1=1.0, s2=0.1)
@@ -62,11 +65,17 @@ class ScaleMixture:
     s2: float
 
     def __post_init__(self) -> None:
+        for name, value in (("pi", self.pi), ("s1", self.s1), ("s2", self.s2)):
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(
+                    f"{name}: expected a number, got {_arguments.type_name(value)}; for a mixture "
+                    "that is trained give an nn.Module whose forward() returns the distribution"
+                )
         if not 0.0 < self.pi < 1.0:
             raise ValueError(f"pi: expected a number between 0 and 1, got {self.pi}")
         for name, scale in (("s1", self.s1), ("s2", self.s2)):
-            if not scale > 0.0:
-                raise ValueError(f"{name}: expected a positive scale, got {scale}")
+            if not 0.0 < scale < math.inf:
+                raise ValueError(f"{name}: expected a positive finite scale, got {scale}")
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Elementwise log density."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from . import _arguments, noise
 from ._surgery import bayesian_by_name
@@ -39,14 +38,15 @@ def kl_loss(model: nn.Module, n_data: float | None = None, beta: float = 1.0) ->
     Args:
         model: any module; a layer that occurs twice counts once.
         n_data: number of training examples; None: not divided.
-        beta: weight of the KL; only 1 gives the evidence lower bound.
+        beta: weight of the KL, 0 or more; only 1 gives the evidence lower bound.
 
     Returns:
         0-dim tensor, computed from the parameters at this call; zero without Bayesian layers.
 
     Raises:
-        ValueError: ``n_data`` is not positive, or a layer has no values before its first call.
-        TypeError: ``n_data`` is no number, or ``model`` no module.
+        ValueError: ``n_data`` is not positive, ``beta`` is negative, or a layer has no values
+            before its first call.
+        TypeError: ``n_data`` or ``beta`` is no number, or ``model`` no module.
 
     Example:
         >>> from fastbconv import BayesLinear
@@ -57,6 +57,10 @@ def kl_loss(model: nn.Module, n_data: float | None = None, beta: float = 1.0) ->
         raise TypeError(f"n_data: expected a number of examples, got {n_data!r}")
     if n_data is not None and not n_data > 0:
         raise ValueError(f"n_data: expected a positive number of examples, got {n_data}")
+    if isinstance(beta, bool) or not isinstance(beta, numbers.Real | Tensor):
+        raise TypeError(f"beta: expected a number, got {beta!r}")
+    if not beta >= 0:
+        raise ValueError(f"beta: expected a number of at least 0, got {beta}")
     terms = [layer.kl_loss() for layer in _initialised(model)]
     total = _sum(terms, model)
     if beta != 1.0:
@@ -68,7 +72,7 @@ def _initialised(model: nn.Module) -> list[nn.Module]:
     """The Bayesian layers, none of which waits for its first call."""
     layers = bayesian_layers(model)
     own = (parameter for layer in layers for parameter in layer._parameters.values())
-    if any(is_lazy(parameter) for parameter in own):
+    if any(_arguments.is_lazy(parameter) for parameter in own):
         bayesian_by_name(model)  # raises, and names it
     return layers
 
@@ -143,10 +147,10 @@ def collect_kl(model: nn.Module) -> Iterator[KlCollector]:
 
     Warns:
         RuntimeWarning: a layer ran under ``checkpoint(use_reentrant=True)``, which gives the KL no
-            gradient.
+            gradient; or ``sum()`` is asked for where no layer has run, and is 0.
     """
     layers = bayesian_layers(model)
-    collector = KlCollector(like=next(iter(model.parameters()), None))
+    collector = KlCollector(like=next(iter(model.parameters()), None), layers=len(layers))
     sinks = [{"sinks": ((collector, position),)} for position in range(len(layers))]
     with installed(layers, sinks):
         yield collector

@@ -117,8 +117,17 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[
 
 
 def _posteriors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name in its layer, and parameter, of what has a term in the KL."""
+    """Name in its layer, and parameter, of what has a term in the KL. Of a layer of the user's own,
+    which has only the mark of a Bayesian layer, that is all."""
     for layer in bayesian_layers(model):
+        is_ordinary = getattr(layer, "_is_ordinary", lambda name: False)
         for name, parameter in layer.named_parameters():
-            if not layer._is_ordinary(name):
-                yield name, parameter
+            plain = _plain(name)
+            if not is_ordinary(plain):
+                yield plain, parameter
+
+
+def _plain(name: str) -> str:
+    """The name of a parameter before parametrizations and pruning gave it another."""
+    first, _, rest = name.partition(".")
+    return rest.partition(".")[0] if first == "parametrizations" else name.removesuffix("_orig")

@@ -3,9 +3,10 @@
 Note [One set of functions]. Function s of a seed is that of ``fixed_sample(model, seed,
 sample=s)``, for every batch, whatever the batch size, the number of samples in a pass, or the rank.
 Every function's output is turned into moments by itself and added to the running statistics in the
-order of s, in float64: so the figures, too, do not depend on how the work was cut. Where the
-convolutions are our kernels they are the same bits; PyTorch's own may round differently at another
-batch size. What may share a pass is found out: see ``_passes``, Note [Sharing is proved].
+order of s, in float64: so the figures, too, do not depend on how the work was cut. Where one of our
+kernels convolves they are the same bits. The choice of ``algorithm("auto")`` depends on the size of
+a batch, as does the rounding of PyTorch's own kernels. What may share a pass is found out: see
+``_passes``, Note [Sharing is proved].
 """
 
 from __future__ import annotations
@@ -99,12 +100,13 @@ def predict(
     call it meanwhile.
 
     Several functions share a pass (``weight_samples``) where the model treats the rows of its input
-    alike. That is tried: the first such pass has to return what a pass of its last function alone
-    returns, to rounding (64 machine epsilon of the largest value, or 4 of a dtype of 16 bits, or of
-    TF32, on the way), which costs that pass once for each prediction. Where it does not (rows on
-    another axis, as in ``nn.LSTM`` without ``batch_first``; halves of a batch that belong together;
-    outputs that are no tensors with rows; random numbers of the model's own; an error), every
-    function gets a pass of its own. A compiled model is compiled for each number of functions in a
+    alike. That is tried: the first such pass has to return what passes of its first and its last
+    function alone return, to rounding (64 machine epsilon of the largest value, or 4 of a dtype of
+    16 bits, or of TF32, on the way), which costs those two passes once for each prediction. Where
+    it does not (rows on another axis, as in ``nn.LSTM`` without ``batch_first``; halves of a batch
+    that belong together; outputs that are no tensors with rows; random numbers of the model's own;
+    an error), or where the two functions do not differ by four times that, every function gets a
+    pass of its own. A compiled model is compiled for each number of functions in a
     pass: for one, and for one or two others.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import noise
 from ._surgery import bayesian_by_name
 from .layers._base import BayesLayer
+from .layers.tfp_base import VariationalLayer
 from .layers.tfp_sampling import seeded_generator
 from .models import placement
 
@@ -176,9 +177,10 @@ def _row(name: str, layer: Any) -> LayerSummary:
 
 def _posteriors(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """(loc, scale) of each part that is not a point mass, at least float32."""
+    pairs: list[Any] = []  # of a layer of the user's own, which has only the mark of a Bayesian one
     if isinstance(layer, BayesLayer):
         pairs = [(layer.weight, layer.weight_scale), (layer.bias, layer.bias_scale)]
-    else:
+    elif isinstance(layer, VariationalLayer):
         distributions = (layer.kernel_posterior, layer.bias_posterior)
         pairs = [(None, None) if d is None else (d.mean, d.stddev) for d in distributions]
     for loc, scale in pairs:

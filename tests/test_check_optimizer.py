@@ -157,3 +157,45 @@ def test_rho_of_the_tfp_face() -> None:
 def test_no_optimiser() -> None:
     with pytest.raises(TypeError, match=r"optimizer: expected a torch.optim.Optimizer, got list"):
         fb.check_optimizer([], small())
+
+
+class Marked(nn.Module):
+    """A layer of the user's own: it has the mark of a Bayesian layer and a KL, nothing else."""
+
+    is_bayesian = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(3))
+
+    def kl_loss(self) -> torch.Tensor:
+        return self.loc.square().sum()
+
+
+def test_layers_of_the_users_own() -> None:
+    """Both raised AttributeError, as summary did: all that such a layer has is of its posterior."""
+    model = nn.Sequential(Marked(), nn.Linear(3, 3))
+    groups = fb.param_groups(model, 1e-3, weight_decay=0.1)
+    assert [(group["name"], len(group["params"])) for group in groups] == [
+        ("posterior", 1),
+        ("other", 2),
+    ]
+    with pytest.warns(UserWarning, match=r"weight_decay: AdamW .* 0.loc"):
+        assert fb.check_optimizer(torch.optim.AdamW(model.parameters()), model) == ["0.loc"]
+    row = fb.summary(model).rows[0]
+    assert (row.name, row.weights, row.kl) == ("0", 0, 0.0)
+
+
+@pytest.mark.parametrize("way", ["parametrize", "prune"])
+def test_scales_under_another_name_have_their_learning_rate(way: str) -> None:
+    layer = fb.BayesLinear(3, 4)
+    if way == "prune":
+        prune.identity(layer, "weight_rho")
+    else:
+        parametrize.register_parametrization(layer, "weight_rho", nn.Identity())
+    groups = fb.param_groups(layer, 1e-3, rho_lr=1.0)
+    assert [(group["name"], group["lr"]) for group in groups] == [
+        ("posterior", 1e-3),
+        ("rho", 1.0),
+        ("other", 1e-3),
+    ]

@@ -236,6 +236,16 @@ CASES = {
         ValueError,
         ["s2", "positive", "0.0"],
     ),
+    "mixture infinite": (
+        lambda: fb.ScaleMixture(0.5, float("inf"), 1.0),
+        ValueError,
+        ["s1", "positive finite", "inf"],
+    ),
+    "mixture trained": (  # it was neither registered, nor moved, nor saved
+        lambda: fb.ScaleMixture(0.5, nn.Parameter(torch.ones(())), 1.0),
+        TypeError,
+        ["s1", "number", "Parameter", "nn.Module"],
+    ),
     "closed form": (
         lambda: fb.functional.kl_normal(W, W, fb.ScaleMixture(0.5, 1.0, 0.1)),
         NotImplementedError,
@@ -346,6 +356,8 @@ CASES = {
         ["algorithm", "'library'", "transposed", "'direct'"],
     ),
     # models
+    "beta": (lambda: fb.kl_loss(nn.Linear(1, 1), 1, -1), ValueError, ["beta", "at least 0", "-1"]),
+    "beta type": (lambda: fb.kl_loss(nn.Linear(1, 1), 1, "x"), TypeError, ["beta", "number", "x"]),
     "n_data": (lambda: fb.kl_loss(nn.Linear(1, 1), 0), ValueError, ["n_data", "positive", "0"]),
     "build": (lambda: fb.build(nn.Linear(1, 1), (-1, 1)), ValueError, ["input_shape", "(-1, 1)"]),
     "algorithm": (lambda: fb.algorithm("fast"), ValueError, ["algorithm", "winograd2", "'fast'"]),

@@ -326,3 +326,16 @@ def test_a_result_is_a_mapping() -> None:
         KerasWeights("here", "made by hand", [])
     with pytest.raises(KerasWeightsError, match="distinct"):
         KerasWeights("here", "made by hand", [one, one])
+
+
+def test_what_is_read_is_not_written_over(tmp_path: Path, capsys) -> None:
+    """The model became an .npz of its Bayesian weights, and was gone."""
+    path = keras_files.unpacked("cnn.h5", tmp_path)
+    before = path.read_bytes()
+    link = tmp_path / "link.h5"
+    link.symlink_to(path)
+    for output in (path, link, tmp_path / "." / path.name):
+        assert commands.main(["keras-weights", str(path), "--output", str(output)]) == 1
+        assert "--output" in (error := capsys.readouterr().err)
+        assert "expected another file than the one that is read" in error
+    assert path.read_bytes() == before

@@ -255,3 +255,21 @@ def test_a_layer_is_one_of_the_class_it_stands_for(kind: type[nn.Module]) -> Non
     # What the layer does comes before what torch.nn's class has.
     for name in ("__init__", "forward", "extra_repr", "reset_parameters", "__getstate__"):
         assert getattr(ordinary, name) is not getattr(kind, name)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+def test_an_image_that_the_filter_does_not_fit_into(rank: int, stride: int, padding_mode) -> None:
+    """One size less gave an output without pixels, whose mean is NaN; nn.Conv raises."""
+    arguments = {"stride": stride, "padding_mode": padding_mode}
+    ours = getattr(fb, f"BayesConv{rank}d")(3, 4, 4, **arguments)
+    plain = getattr(torch.nn, f"Conv{rank}d")(3, 4, 4, **arguments)
+    x = torch.randn(2, 3, *[8] * (rank - 1), 3)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        plain(x)
+    for input in (x, x[0]):
+        with pytest.raises(ValueError, match=r"input: expected a padded size of at least 4 for a"):
+            ours(input)
+    fits = torch.nn.functional.pad(x, (0, 1))
+    assert ours(fits).shape == plain(fits).shape

@@ -205,6 +205,8 @@ def test_commands(capsys, monkeypatch) -> None:
     assert message in capsys.readouterr().err
     assert command.main(["envv"]) == 2
     assert "unknown command 'envv' (did you mean env?)" in capsys.readouterr().err
+    assert command.main(["env", "--all"]) == 2
+    assert "env: expected no arguments, got --all" in capsys.readouterr().err
 
     def missing(name: str):
         raise ModuleNotFoundError(f"No module named {name!r}", name="tqdm")

@@ -330,3 +330,22 @@ def test_functional_call_takes_the_given_parameters(layer: fb.BayesConv2d, taken
 
 
 PARAMETERS = ("weight", "weight_rho", "bias")
+
+
+@pytest.mark.parametrize("change", ["weight_norm", "own"])
+def test_a_layer_that_was_called_is_copied_whatever_its_class_does(change: str) -> None:
+    """Parametrized, or with a __getstate__ of its own, it held a function that cannot be copied."""
+
+    class Own(fb.BayesConv2d):
+        def __getstate__(self) -> dict:
+            return self.__dict__.copy()
+
+    layer, x = Own(3, 4, 3), torch.randn(2, 3, 8, 8)
+    seed = torch.tensor([3, 0])
+    expected = layer(x, seed=seed)
+    if change == "weight_norm":
+        torch.nn.utils.parametrizations.weight_norm(layer)
+        expected = layer(x, seed=seed)
+    for found in (copy.deepcopy(layer), torch.optim.swa_utils.AveragedModel(layer).module):
+        assert torch.equal(found(x, seed=seed), expected)
+    assert pickle.loads(pickle.dumps(layer._prepared)) is None

@@ -369,6 +369,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture
         ["--beta", "nan"],
         ["--seed", "-1"],
         ["--networks", "resnet"],
+        ["--device", "tpu"],
         ["--unknown"],
     ],
     ids=" ".join,
@@ -386,7 +387,7 @@ def test_help_shows_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert raised.value.code == 0
     assert "only 1 is the ELBO" in " ".join(text.split())
-    assert text.count("(default") == 16  # every option but --help and --resume
+    assert text.count("(default") == 17  # every option but --help and --resume
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ class LayerCall {
 
   // As one_channel() of fastbconv/_arguments.py.
   static at::Tensor one_channel(const at::Tensor& image, const at::Tensor& weight) {
-    if (image.size(1) != 1 || image.stride(1) == 1 || weight.stride(1) != 1 || !image.is_contiguous()) return image;
+    const bool one_tap = weight.size(2) * weight.size(3) == 1;
+    if (image.size(1) != 1 || image.stride(1) == 1 || weight.stride(1) != 1 || one_tap) return image;
+    if (!image.is_contiguous()) return image;
     return image.view({image.size(0), image.size(2), image.size(3), 1}).permute({0, 3, 1, 2});
   }
 

@@ -132,6 +132,27 @@ at::Tensor without_padding(const ConvCall& call, const at::Tensor& grad) {
   return grad.narrow(2, s.pad_top, s.H).narrow(3, s.pad_left, s.W);
 }
 
+// oneDNN's weight gradient of 1 x 1 filters with a stride writes past its workspace where channels come last
+// and are less than a vector (uxlfoundation/oneDNN issue 6035).
+bool breaks_weight_gradient(const ConvShape& s) {
+  return s.R * s.S == 1 && s.stride_h * s.stride_w > 1 && s.channels_per_group() < 16;
+}
+
+// Of such filters: by the pixels that they meet, without a stride. With the bias: asked for that alone, too,
+// ATen computes both.
+LibraryGradients gradients_of_pixels(const ConvCall& call, const at::Tensor& grad, const at::Tensor& input,
+                                     const at::Tensor& weight, std::array<bool, 3> wanted) {
+  const ConvOptions& o = call.options;
+  const auto padding = remaining_padding(call.shape);
+  const at::Tensor padded = at::constant_pad_nd(input, {padding[1], padding[1], padding[0], padding[0]});
+  const at::Tensor pixels = padded.slice(2, 0, std::nullopt, o.stride[0]).slice(3, 0, std::nullopt, o.stride[1]);
+  const auto grads = at::convolution_backward(
+      grad, pixels, weight, /*bias_sizes=*/at::IntArrayRef(call.shape.K), /*stride=*/{1, 1},
+      /*padding=*/{0, 0}, /*dilation=*/{1, 1}, /*transposed=*/false, /*output_padding=*/{0, 0}, o.groups,
+      {false, wanted[1], wanted[2]});
+  return {at::Tensor(), std::get<1>(grads), std::get<2>(grads)};
+}
+
 // wanted: input, weight, bias.
 template <typename T>
 LibraryGradients backward_sample(const ConvCall& call, const PosteriorParams<T>& p,
@@ -146,11 +167,21 @@ LibraryGradients backward_sample(const ConvCall& call, const PosteriorParams<T>&
   }
   const ConvOptions& o = call.options;
   const auto padding = remaining_padding(call.shape);
+  const at::Tensor rows = rows_of_sample(call, input, sample, call.shape.share_input);
+  const at::Tensor filter = as_convolution_weight(call, weight);
+  LibraryGradients out;
+  if ((wanted[1] || wanted[2]) && breaks_weight_gradient(call.shape)) {
+    out = gradients_of_pixels(call, grad, rows, filter, wanted);
+    wanted = {wanted[0], false, false};
+  }
+  if (!wanted[0] && !wanted[1] && !wanted[2]) return out;
   const auto grads = at::convolution_backward(
-      grad, rows_of_sample(call, input, sample, call.shape.share_input),
-      as_convolution_weight(call, weight), /*bias_sizes=*/at::IntArrayRef(call.shape.K), o.stride,
-      padding, o.dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, o.groups, wanted);
-  return {std::get<0>(grads), std::get<1>(grads), std::get<2>(grads)};
+      grad, rows, filter, /*bias_sizes=*/at::IntArrayRef(call.shape.K), o.stride, padding, o.dilation,
+      /*transposed=*/false, /*output_padding=*/{0, 0}, o.groups, wanted);
+  if (wanted[0]) out.input = std::get<0>(grads);
+  if (wanted[1]) out.weight = std::get<1>(grads);
+  if (wanted[2]) out.bias = std::get<2>(grads);
+  return out;
 }
 
 // For several draws: one slice each, and the sum by the input in the parameters' dtype.

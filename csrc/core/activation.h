@@ -91,7 +91,8 @@ FBC_INLINE T activate(T z, T param) {
 }
 
 // d activation / d z from y (the output), or from z for the last four. Comparisons are such that NaN goes
-// where it goes in torch: a gradient that meets it passes relu.
+// where it goes in torch, whose vectors decide where its scalar tails differ (elu, selu): a gradient that
+// meets it passes relu. Of relu6 torch's vectors give 0 and its tails 1: as relu, so that it shows.
 template <Activation kActivation, typename T>
 FBC_INLINE T activation_derivative(T saved, T param) {
   using Const = ActivationConstants<T>;
@@ -101,9 +102,9 @@ FBC_INLINE T activation_derivative(T saved, T param) {
     case Activation::kRelu: return y <= T(0) ? T(0) : T(1);
     case Activation::kRelu6: return (y <= T(0) || y >= T(6)) ? T(0) : T(1);
     case Activation::kLeakyRelu: return y > T(0) ? T(1) : param;
-    case Activation::kElu: return y <= T(0) ? y + param : T(1);
+    case Activation::kElu: return y > T(0) ? T(1) : y + param;
     case Activation::kSelu:
-      return y <= T(0) ? y + Const::kSeluScale * Const::kSeluAlpha : Const::kSeluScale;
+      return y > T(0) ? Const::kSeluScale : y + Const::kSeluScale * Const::kSeluAlpha;
     case Activation::kSigmoid: return y * (T(1) - y);
     case Activation::kTanh: return T(1) - y * y;
     case Activation::kSoftplus: return -T(std::expm1(-y));

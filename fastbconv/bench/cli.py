@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--directions", nargs="+", choices=[*DIRECTIONS], default=[*DIRECTIONS])
     add("--modes", nargs="+", choices=[*memory.MODES], default=None, help="default: all there are")
     add("--threads", type=_positive, default=2)
-    add("--budget", type=float, default=1.0, help="seconds per row, direction and column")
+    add("--budget", type=_seconds, default=1.0, help="seconds per row, direction and column")
     add("--repeats", type=_positive, default=15, help="least number of turns of a cell")
     add("--cold", action="store_true", help="evict the caches before each call")
     add(
@@ -69,6 +70,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text}")
     return value
 
 

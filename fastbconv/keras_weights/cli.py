@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .contents import KerasWeights, KerasWeightsError, MissingPackageError
 from .reading import read_keras_weights
@@ -24,12 +25,21 @@ def main(arguments: Sequence[str]) -> int:
         weights = read_keras_weights(options.path)
         print(describe(weights))
         if options.output is not None:
+            _check_output(Path(options.path), Path(options.output))
             weights.save(options.output)
             print(f"written: {options.output}")
     except (KerasWeightsError, MissingPackageError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _check_output(source: Path, output: Path) -> None:
+    """Raises where writing would destroy what was read."""
+    if output.exists() and (output.samefile(source) or source in output.parents):
+        raise KerasWeightsError(
+            f"--output {output}: expected another file than the one that is read, got the same"
+        )
 
 
 def describe(weights: KerasWeights) -> str:

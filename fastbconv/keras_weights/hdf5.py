@@ -77,7 +77,7 @@ def read_archive(path: Path) -> KerasWeights:
             content = archive.read(_ARCHIVED)
             config = archive.read("config.json") if "config.json" in names else b"{}"
     except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
-        raise damaged(path, "a .keras archive", error) from None
+        raise damaged(path, "a .keras archive or an .npz", error) from None
     except (NotImplementedError, RuntimeError) as error:  # encrypted, or an unknown compression
         raise damaged(path, "a .keras archive", error) from None
     with _open(f"{path}: {_ARCHIVED}", "an HDF5 file", io.BytesIO(content)) as file:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
+from torch.nn.parameter import UninitializedParameter
 
 from fastbconv import _arguments, _call, activations, estimators, functional, noise
 from fastbconv import kl as _kl
@@ -73,7 +74,7 @@ class BayesLayer(nn.Module):
         else:
             self.register_parameter("bias_rho", None)
         self._init_prior(prior, bayesian_bias)
-        if not is_lazy(self.weight):
+        if not _arguments.is_lazy(self.weight):
             self._reset_rho()
 
     def _init_prior(self, prior: _kl.PriorLike, bayesian_bias: bool) -> None:
@@ -99,7 +100,7 @@ class BayesLayer(nn.Module):
         )
 
     def _check_prior_tensor(self, part: str, value: Tensor, bayesian_bias: bool) -> None:
-        if not is_lazy(self.weight):
+        if not _arguments.is_lazy(self.weight):
             _arguments.prior_shape(f"prior {part}", value, self.weight)
         if bayesian_bias and value.numel() != 1:
             raise ValueError(
@@ -174,7 +175,7 @@ class BayesLayer(nn.Module):
         Raises:
             ValueError: a lazy layer before its first call.
         """
-        if is_lazy(self.weight):
+        if _arguments.is_lazy(self.weight):
             raise ValueError(
                 f"kl_loss: expected initialised parameters, got {type(self).__name__} before its "
                 "first call; call fastbconv.build(model, input_shape) first"
@@ -204,12 +205,8 @@ class BayesLayer(nn.Module):
 
     def _is_ordinary(self, name: str) -> bool:
         """Whether a parameter of the layer has no term in the KL: that of a bias that is a point
-        mass, under the names that pruning and parametrizations give it too, or an activation's."""
-        first, _, rest = name.partition(".")
-        if first == "parametrizations":
-            first = rest.partition(".")[0]
-        is_bias = first in ("bias", "bias_orig")
-        return first == "activation" or (is_bias and self.bias_rho is None)
+        mass, or an activation's."""
+        return name.startswith("activation.") or (name == "bias" and self.bias_rho is None)
 
     @property
     def losses(self) -> list[Tensor]:
@@ -255,7 +252,7 @@ class BayesLayer(nn.Module):
             if seed is None:
                 seed, generator = _rank_seed(generator, input.device), None
             seed = noise.seed_tensor(seed, input.device)
-            if not torch._C._functorch.is_functorch_wrapped_tensor(seed):  # must not outlive it
+            if torch.compiler.is_compiling() or not is_wrapped(seed):  # which must not outlive it
                 self._last_draw = (seed.detach(), num_samples)
         output = function(
             input,
@@ -347,7 +344,7 @@ class BayesLayer(nn.Module):
 
 def _parameter_like(parameter: nn.Parameter) -> nn.Parameter:
     """Another parameter of that shape, dtype and device; of no shape yet where that has none."""
-    if is_lazy(parameter):
+    if _arguments.is_lazy(parameter):
         return UninitializedParameter(device=parameter.device, dtype=parameter.dtype)
     return nn.Parameter(torch.empty_like(parameter))
 

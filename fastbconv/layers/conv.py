@@ -89,6 +89,7 @@ class _BayesConv(BayesConvNd):
             if output is not None:
                 return output
         input, padding = self._padded(input)
+        self._check_size(input, padding)
         return self._call(
             self.function,
             input,
@@ -114,6 +115,16 @@ class _BayesConv(BayesConvNd):
         if self.padding_mode == "zeros":
             return input, self.padding
         return self._pad(input), 0
+
+    def _check_size(self, input: Tensor, padding: _arguments.PaddingLike) -> None:
+        """As torch.nn, a layer wants an image that its filter fits into; of functional a size less
+        gives an output without pixels."""
+        if not isinstance(input, Tensor) or input.ndim not in (self.rank + 1, self.rank + 2):
+            return  # said with the other arguments
+        extent, filter = input.shape[-self.rank :], self.kernel_size
+        form = _arguments.padding_form(padding, self.rank)
+        pads = _arguments.resolve_padding(form, extent, filter, self.stride, self.dilation)
+        _arguments.extents(extent, pads, filter, self.stride, self.dilation, least=1)
 
     def _pad(self, input: Tensor) -> Tensor:
         """Padding with values of the image instead of zeros."""

@@ -67,21 +67,28 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
 
 
-def generators() -> dict[str, Any]:
-    """The state of torch's, NumPy's and Python's generators, as tensors and plain values."""
+def generators(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state of torch's, NumPy's and Python's generators, as tensors and plain values.
+
+    ``device``: a GPU has a generator of its own, which the layers on it draw their seeds from.
+    """
+    on_gpu = torch.device(device).type == "cuda"
     # The process-wide generator: what any code that asks NumPy for random numbers reads.
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if on_gpu else None,
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "python": [version, torch.tensor(internal), gauss_next],
     }
 
 
-def restore_generators(state: dict[str, Any]) -> None:
+def restore_generators(state: dict[str, Any], device: torch.device | str = "cpu") -> None:
     """The inverse of ``generators``."""
     torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
     version, internal, gauss_next = state["python"]

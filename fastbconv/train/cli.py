@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, data, loop, processes, report
+from . import checkpoint, data, device, loop, processes, report
 from .processes import Processes
 from .settings import NETWORKS, Settings, Stage, TrainError, stages
 
@@ -42,6 +42,13 @@ def _number(
         return value
 
     return parse
+
+
+def _device(text: str) -> str:
+    try:
+        return device.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +106,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         f"1 for images of up to {_LARGE} pixels, whose steps are too short to share; else "
         f"torch's, {torch.get_num_threads()}",
         type=count,
+    )
+    setting(
+        "--device",
+        "what computes: cpu, cuda, or one GPU as in cuda:1; under torchrun cuda gives every "
+        "process the GPU of its number",
+        type=_device,
     )
 
 
@@ -189,6 +202,7 @@ def _run(
     if out.exists() and not out.is_dir():
         raise TrainError(f"--out {out}: expected a folder, got a file")
     settings, found = _resumed(given, out, ours) if resuming else _fresh(given, ours)
+    device.find(settings.device, ours.count)
     lock = filelock.FileLock(out.parent / f".{out.name}.lock", timeout=0)
 
     def claim() -> None:

@@ -40,9 +40,12 @@ class Part:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, index: Tensor | slice, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
         """Images as float32 in [0, 1], and labels."""
-        return self.images[index].float() / self.divisor, self.labels[index]
+        images = self.images[index].to(device, non_blocking=True)
+        return images.float() / self.divisor, self.labels[index].to(device, non_blocking=True)
 
     def only(self, classes: list[int]) -> Part:
         """The examples of these classes, with their own labels."""

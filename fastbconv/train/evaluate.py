@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 
 import torch
@@ -56,12 +57,17 @@ def predict(
 ) -> fb.Prediction:
     """The mean over ``num_samples`` functions, the same ones for every set of images.
 
-    A network without Bayesian layers has one function.
+    A network without Bayesian layers has one function. What comes back lies in the host's memory.
     """
     images, _ = part.batch(slice(None))
     if noise > 0:
         images = add_noise(images, noise)
-    return fb.predict(model, images, num_samples, seed=seed)
+    images = images.to(next(model.parameters()).device)
+    found = fb.predict(model, images, num_samples, seed=seed)
+    return dataclasses.replace(
+        found,
+        **{name: value.cpu() for name, value in vars(found).items() if value is not None},
+    )
 
 
 def accuracy(probability: Tensor, labels: Tensor) -> float:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import fastbconv as fb
 
 from . import checkpoint, evaluate
+from . import device as devices
 from .data import Dataset, Part
 from .model import ConvNet, weight_decay
 from .processes import ALONE, Processes
@@ -45,12 +46,18 @@ class Run:
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
 
 def start(stage: Stage, settings: Settings, data: Dataset, processes: Processes = ALONE) -> Run:
     """A network at its first weights; seeds the generators of torch, NumPy and Python."""
     checkpoint.seed_generators(settings.seed)
     kind = "bayesian" if stage.bayesian else "deterministic"
     model = ConvNet(kind, data.image_shape, len(data.classes), settings)
+    model.to(devices.find(settings.device, processes.count))
     optimizer = make_optimizer(model, settings.lr)
     return Run(stage, settings, model, processes.wrap(model), optimizer, processes)
 
@@ -90,7 +97,7 @@ def loss_terms(
     """
     with fb.collect_kl(model) as collected:
         nll = weight * F.cross_entropy(model(images), labels)
-    kl = collected.sum() if stage.bayesian else torch.zeros(())
+    kl = collected.sum() if stage.bayesian else torch.zeros_like(nll)
     loss = nll + stage.beta / count * kl
     if not stage.bayesian and stage.beta > 0:
         loss = nll + stage.beta / count * weight_decay(model, settings.prior_scale)
@@ -112,17 +119,17 @@ def train_epoch(run: Run, part: Part, bar: Callable[[int], Any]) -> dict[str, fl
     """One pass over the training images; ``bar`` is told the images that are done."""
     settings, count = run.settings, len(part)
     steps = math.ceil(count / settings.batch_size)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)
     run.model.train()
     for index, batch in enumerate(data_order(settings, run.epoch, count)):
         rate = learning_rate(settings, run.epoch * steps + index, settings.epochs * steps)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         own, weight = run.processes.share(batch)
-        terms = torch.stack(train_step(run, *part.batch(own), count, weight))
+        terms = torch.stack(train_step(run, *part.batch(own, run.device), count, weight))
         sums += terms.double() * len(batch)
         bar(len(batch))
-    loss, nll, kl = (run.processes.mean(sums) / count).tolist()
+    loss, nll, kl = (run.processes.mean(sums.cpu()) / count).tolist()
     if not math.isfinite(loss):
         raise TrainError(
             f"{run.stage.name}, epoch {run.epoch + 1}: expected a finite loss, got {loss}; "
@@ -181,7 +188,7 @@ def save(run: Run, path: Path) -> None:
             "epoch": run.epoch,
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
-            "generators": checkpoint.generators(),
+            "generators": checkpoint.generators(run.device),
             "history": run.history,
         },
     )
@@ -203,7 +210,7 @@ def resume(run: Run, path: Path) -> None:
         run.model.load_state_dict(content["model"])
         run.optimizer.load_state_dict(content["optimizer"])
         run.epoch, run.history = int(content["epoch"]), list(content["history"])
-        checkpoint.restore_generators(content["generators"])
+        checkpoint.restore_generators(content["generators"], run.device)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise TrainError(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -86,11 +87,12 @@ ALONE = Processes()
 
 @contextmanager
 def started() -> Iterator[Processes]:
-    """The processes of torchrun, connected by gloo; else this one alone."""
+    """The processes of torchrun, connected by gloo, their GPUs by nccl; else this one alone."""
     if not dist.is_torchelastic_launched():
         yield ALONE
         return
-    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=_TIMEOUT)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:

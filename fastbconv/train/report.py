@@ -12,6 +12,7 @@ import torch
 import fastbconv as fb
 
 from . import checkpoint, plots, steptime
+from . import device as devices
 from .data import Dataset
 from .evaluate import NUM_BINS, Evaluation, HeldOut, evaluate, evaluate_held_out
 from .loop import Run
@@ -61,7 +62,7 @@ def to_json(results: Results) -> dict[str, Any]:
     return {
         "settings": results.settings.to_dict(),
         "data": results.data.describe(),
-        "environment": _environment(),
+        "environment": _environment(results),
         "kl_weight": results.settings.beta,
         "is_elbo": results.settings.beta == 1.0,
         "networks": {
@@ -88,13 +89,14 @@ def to_json(results: Results) -> dict[str, Any]:
     }
 
 
-def _environment() -> dict[str, Any]:
+def _environment(results: Results) -> dict[str, Any]:
     info = fb.build_info()
     return {
         "fastbconv": fb.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
+        "device": devices.describe(results.runs[0].device),
         "kernels": str(info.get("isa") or "pure-PyTorch reference"),
     }
 
@@ -119,7 +121,7 @@ def to_text(results: Results) -> str:
     """The report for people."""
     settings, data = results.settings, results.data
     title = {run.stage.name: run.stage.title for run in results.runs}
-    environment = ", ".join(f"{name} {value}" for name, value in _environment().items())
+    environment = ", ".join(f"{name} {value}" for name, value in _environment(results).items())
     kl = "the loss is the negative ELBO" if settings.beta == 1 else "only 1 is the ELBO"
     lines = [
         data.describe(),

@@ -32,6 +32,7 @@ class Settings:
         seed: of initial weights, data order and weight noise. The split does not depend on it.
         num_samples: Monte Carlo samples of an evaluation.
         threads: of torch; a resumed run keeps it, since sums depend on it in library kernels.
+        device: what computes: "cpu", "cuda", or one GPU as in "cuda:1".
         shared_noise: the processes of a run draw the same weights.
         processes: of torchrun; 1 without it. Not an option.
     """
@@ -50,6 +51,7 @@ class Settings:
     seed: int = 0
     num_samples: int = 32
     threads: int = 1
+    device: str = "cpu"
     shared_noise: bool = False
     processes: int = 1
 

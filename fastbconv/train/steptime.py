@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import fastbconv as fb
 
+from . import device as devices
 from .data import Dataset
 from .loop import make_optimizer
 from .model import KINDS, ConvNet, Kind, unfused_kl
@@ -34,9 +35,10 @@ def quartiles(values: list[float]) -> Quartiles:
 
 def _stepper(kind: Kind, settings: Settings, data: Dataset) -> Callable[[], None]:
     """A whole training step on one batch: forward, loss with the KL, backward, Adam."""
-    model = ConvNet(kind, data.image_shape, len(data.classes), settings)
+    device = devices.find(settings.device, processes=1)
+    model = ConvNet(kind, data.image_shape, len(data.classes), settings).to(device)
     optimizer = make_optimizer(model, settings.lr)
-    images, labels = data.train.batch(slice(0, settings.batch_size))
+    images, labels = data.train.batch(slice(0, settings.batch_size), device)
     weight = settings.beta / len(data.train)
 
     def step() -> None:
@@ -49,6 +51,7 @@ def _stepper(kind: Kind, settings: Settings, data: Dataset) -> Callable[[], None
             loss = loss + weight * unfused_kl(model)
         loss.backward()
         optimizer.step()
+        devices.synchronize(device)
 
     return step
 
