@@ -172,14 +172,12 @@ def test_slices_are_read_where_they_are() -> None:
 
 
 def test_the_choice_follows_the_processor() -> None:
-    """Without products of bfloat16 PyTorch's convolution stays the choice for many pixels."""
+    """Without AVX-512 PyTorch takes ten times its own time of float32, sixteen times ours."""
     x = torch.zeros(8, 64, 16, 16, dtype=torch.bfloat16)
     before = NATIVE.current_isa()
     try:
         NATIVE.limit_isa("avx2")
         rows = fb.explain(x, torch.zeros(64, 64, 3, 3), padding=1)
-        assert [row.algorithm for row in rows if row.chosen and row.direction == "fprop"] == [
-            "library"
-        ]
+        assert [row.algorithm for row in rows if row.chosen] == ["winograd2"] * 3
     finally:
         NATIVE.limit_isa(before)

@@ -28,28 +28,48 @@ int64_t winograd_tiles(const ConvShape& s) {
   return s.output_rows() * ((s.P + 1) / 2) * ((s.Q + 1) / 2);
 }
 
-// What follows was measured over the grid of benchmarks/selection.py: float32, AVX-512.
+bool has_avx512(const ConvProblem& problem) { return problem.isa == Isa::kAvx512; }
 
-// The transforms of the weight must be shared by enough tiles; below a vector of channels they cost more than
-// they save. float64 is for checking gradients, where the plainest sum is the best.
+// PyTorch computes them fast: bfloat16 without AVX-512 takes it ten times as long as float32.
+bool has_16_bit_library(const ConvProblem& problem) { return is_16_bit(problem) && has_avx512(problem); }
+
+// What follows was measured over the grid of benchmarks/selection.py, with AVX-512 and with AVX2.
+
+// Fewer channels, and the transforms cost more than they save.
+bool has_few_channels(const ConvProblem& problem, Direction direction) {
+  const ConvShape& s = problem.shape;
+  const int64_t fewer = s.C < s.K ? s.C : s.K, more = s.C < s.K ? s.K : s.C;
+  const bool forward = direction == Direction::kFprop;
+  if (fewer < 8) return !forward || s.C < 64;
+  if (has_avx512(problem)) return fewer < 16 && more < 64;
+  if (fewer < 16) return !forward || more < 64;
+  return direction != Direction::kWgrad && more < 32;
+}
+
+// The transforms of the weight must be shared by enough tiles. Of many weights fewer will do: the direct
+// kernels, too, read them from memory, and more often.
+int64_t least_tiles(const ConvProblem& problem, Direction direction) {
+  const int64_t matrix = problem.shape.C * problem.shape.K;
+  const bool large = matrix >= 512 * 512;
+  if (matrix < 256 * 256) return 64;
+  if (has_avx512(problem)) return direction == Direction::kWgrad ? 64 : large ? 32 : 48;
+  return direction == Direction::kDgrad && large ? 64 : 16;
+}
+
+// float64 is for checking gradients, where the plainest sum is the best.
 const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
   const bool weights = direction == Direction::kWgrad;
   if (problem.dtype == Dtype::kFloat64) return "float64 is computed by the direct kernels";
   if (has_pairs(problem)) return "it multiplies in float32, the others in bfloat16";
   // The library's weight gradient is its slowest, and it does not like small images.
-  const int64_t matrix = s.C * s.K;
-  if (is_16_bit(problem) && s.P * s.Q > 16 && (!weights || matrix >= 512 * 512)) {
+  if (has_16_bit_library(problem) && s.P * s.Q > 16 && (!weights || s.C * s.K >= 512 * 512)) {
     return "PyTorch's 16-bit convolution is faster";
   }
-  const int64_t fewer = s.C < s.K ? s.C : s.K, more = s.C < s.K ? s.K : s.C;
-  const bool few_filters = s.C >= 64 && direction == Direction::kFprop;
-  if (fewer < 8 ? !few_filters : fewer < 16 && more < 64) {
-    return "there are too few channels for the transforms to pay";
+  if (has_few_channels(problem, direction)) return "there are too few channels for the transforms to pay";
+  if (winograd_tiles(s) / s.num_samples < least_tiles(problem, direction)) {
+    return "there are too few pixels for the transforms to pay";
   }
-  // Many weights: then the direct kernels, too, read them from memory, and more often.
-  const int64_t least = weights || matrix < 256 * 256 ? 64 : matrix < 512 * 512 ? 48 : 32;
-  if (winograd_tiles(s) / s.num_samples < least) return "there are too few pixels for the transforms to pay";
   return nullptr;
 }
 
@@ -68,37 +88,43 @@ bool pairs_are_as_fast(const ConvProblem& problem, Direction direction) {
   return false;
 }
 
+bool is_pointwise(const ConvShape& s) { return s.R * s.S == 1 && s.stride_h * s.stride_w == 1; }
+
+// Results of this size are fresh memory: the library's pages of 4 KiB, ours of 2 MiB.
+bool is_large(int64_t elements, int64_t millions) { return elements >= millions << 20; }
+
 bool direct_fprop_is_as_fast(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
-  return s.filters_per_group() >= 16 || s.R * s.S == 1;
+  const int64_t filters = s.filters_per_group();
+  if (has_avx512(problem)) return filters >= 16 || s.R * s.S == 1;
+  if (is_pointwise(s)) return filters < 128 || is_large(s.N * s.P * s.Q * s.K, 8);
+  return filters >= 8 || s.R * s.S == 1;
 }
 
 bool direct_dgrad_is_as_fast(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
   const int64_t channels = s.channels_per_group(), filters = s.filters_per_group();
-  if (s.R * s.S == 1) {
-    // Large results: the library's are fresh pages of 4 KiB, ours of 2 MiB.
-    return s.stride_h * s.stride_w == 1 && s.N * s.H * s.W * s.C >= (int64_t{2} << 20);
-  }
+  if (s.R * s.S == 1) return is_pointwise(s) && is_large(s.N * s.H * s.W * s.C, 2);
   if (s.groups == 1 && channels <= 4) return true;
   if (filters < 16) return false;
   if (s.groups == 1 && channels <= 8) return true;
   if (s.stride_h * s.stride_w > 1) return channels >= 256 || !problem.channels_last;
-  return channels >= 64;
+  return channels >= 64 || !has_avx512(problem);
 }
 
 bool direct_wgrad_is_as_fast(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
-  const int64_t channels = s.channels_per_group();
+  const int64_t channels = s.channels_per_group(), filters = s.filters_per_group();
+  if (!has_avx512(problem)) return !is_pointwise(s) || filters < 128;
   if (s.R * s.S >= 25 && channels >= 64) return false;
-  return s.filters_per_group() > 16 || channels >= 8;
+  return filters > 16 || channels >= 8;
 }
 
 // Groups of a few channels, which the direct kernels compute with vectors over the channels of all groups
 // (depthwise_taps.inc).
 bool are_groups_narrow(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
-  const int64_t most = problem.isa == Isa::kAvx512 ? 4 : 2;
+  const int64_t most = has_avx512(problem) ? 4 : 2;
   return s.groups > 1 && s.channels_per_group() <= most && s.filters_per_group() <= most;
 }
 
@@ -106,13 +132,13 @@ bool direct_is_as_fast_in_narrow_groups(const ConvProblem& problem, Direction di
   const ConvShape& s = problem.shape;
   const bool depthwise = s.groups == s.C && s.groups == s.K, forward = direction == Direction::kFprop;
   if (s.C < 16 && s.K < 16) return false;  // less than a vector of channels in all
-  if (is_16_bit(problem)) {
+  if (has_16_bit_library(problem)) {
     const bool strided = s.stride_h * s.stride_w > 1;
-    return problem.isa == Isa::kAvx512 && problem.channels_last && (direction != Direction::kDgrad || strided);
+    return problem.channels_last && (direction != Direction::kDgrad || strided);
   }
   if (!depthwise) return true;
   if (!forward && s.C < 24) return false;
-  if (direction == Direction::kDgrad && problem.isa != Isa::kAvx512) return false;
+  if (!has_avx512(problem) && (direction == Direction::kDgrad || (forward && s.R * s.S <= 9))) return false;
   if (problem.channels_last) return true;
   // Planes are copied to pixels and back; but the library's weight gradient of a large filter is slow.
   return direction == Direction::kWgrad && s.R * s.S > 9;
@@ -121,10 +147,11 @@ bool direct_is_as_fast_in_narrow_groups(const ConvProblem& problem, Direction di
 // Where the direct kernels beat the library, or come within 10 %.
 bool direct_is_as_fast(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
+  if (problem.dtype == Dtype::kBFloat16 && !has_avx512(problem)) return true;
   if (problem.isa == Isa::kBaseline) return false;
   if (are_groups_narrow(problem)) return direct_is_as_fast_in_narrow_groups(problem, direction);
   if (has_pairs(problem)) return pairs_are_as_fast(problem, direction);
-  if (is_16_bit(problem)) return false;
+  if (has_16_bit_library(problem)) return false;
   if (s.groups > 1 && (s.channels_per_group() < 16 || s.filters_per_group() < 16)) return false;
   if (s.P * s.Q == 1 && s.H * s.W == 1) return true;  // a linear layer
   switch (direction) {
