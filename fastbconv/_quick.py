@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import _arguments, _native, activations, kl, noise, ops, selection
 
 _ONES, _ZEROS = (1, 1), (0, 0, 0, 0)  # of the axes that an image has more
+_NO_PRIORS = (0.0, 1.0, 0.0, 1.0)
 _NAMES = frozenset(("weight", "weight_rho", "bias", "bias_rho"))
 
 
@@ -104,18 +105,75 @@ def _prepare(
     """Parses the constant arguments of a layer."""
     resolved = activations.resolve(activation)
     plain = layer.estimator == "reparameterization" and resolved.fn is None
-    stride, padding, dilation, groups = geometry or ((), (), (), 1)
-    rank = len(stride)
-    pads = _fixed_padding(padding, layer, stride, dilation) if geometry else ()
-    if not plain or pads is None or not ops.available():
-        return Prepared(key, None, False)
     prior = layer._prior
     numbers = isinstance(prior, kl.NormalPrior) and all(
         isinstance(part, float) for part in (prior.loc, prior.scale)
     )
-    call = _native.load().LayerCall(
-        prior=(prior.loc, prior.scale) * 2 if numbers else (0.0, 1.0, 0.0, 1.0),
-        scale_floor=kl.default_scale_floor(layer.weight.dtype),
+    priors = (prior.loc, prior.scale) * 2 if numbers else _NO_PRIORS
+    call = _native_call(layer.weight, geometry, resolved, priors) if plain else None
+    return Prepared(key, call, numbers)
+
+
+def quick_map(
+    layer: nn.Module,
+    input: Tensor,
+    weights: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    resolved: activations.Resolved,
+    priors: tuple[Any, Any] | None,
+    geometry: tuple[Any, ...] | None,
+    seed: Tensor,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The same for a layer of the TFP face, which has its arguments ready; None: the long way.
+
+    Args:
+        layer: where the function is kept.
+        input: as the operators take it.
+        weights: loc and rho of the weight and of the bias, likewise.
+        resolved: the activation.
+        priors: (loc, scale) of the weight and of the bias; None: no KL is wanted.
+        geometry: as in ``quick_call``.
+        seed: of the call.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    weight, rho, bias, bias_rho = weights
+    if rho is None or selection.CHOICE.name == "reference":
+        return None
+    numbers = _NO_PRIORS if priors is None else _numbers(priors, bias_rho is not None)
+    key = (geometry, resolved.id, resolved.param, weight.dtype, weight.shape, numbers)
+    prepared = layer._prepared
+    if prepared is None or prepared.key != key:
+        call = None if numbers is None else _native_call(weight, geometry, resolved, numbers)
+        prepared = layer._prepared = Prepared(key, call, True)
+    if prepared.call is None:
+        return None
+    algorithm = selection.ALGORITHM_ID[selection.CHOICE.name]
+    choice = (algorithm, selection.CHOICE.keep_weight)
+    return prepared.call(input, weight, rho, bias, bias_rho, seed, priors is not None, 0, *choice)
+
+
+def _numbers(priors: tuple[Any, Any], has_bias: bool) -> tuple[float, ...] | None:
+    """loc and scale of weight and bias, where these are numbers."""
+    weight, bias = priors if has_bias else (priors[0], priors[0])
+    found = None if weight is None or bias is None else (*weight, *bias)
+    return found if found and all(isinstance(part, float) for part in found) else None
+
+
+def _native_call(
+    weight: Tensor,
+    geometry: tuple[Any, ...] | None,
+    resolved: activations.Resolved,
+    priors: tuple[float, ...],
+) -> Any:
+    """The C++ function; None where there is none for this."""
+    stride, padding, dilation, groups = geometry or ((), (), (), 1)
+    rank = len(stride)
+    pads = _fixed_padding(padding, tuple(weight.shape[2:]), stride, dilation) if geometry else ()
+    if pads is None or not ops.available():
+        return None
+    return _native.load().LayerCall(
+        prior=priors,
+        scale_floor=kl.default_scale_floor(weight.dtype),
         stride=(*_ONES[rank:], *stride),
         padding=(*_ZEROS[2 * rank :], *pads),
         dilation=(*_ONES[rank:], *dilation),
@@ -125,15 +183,13 @@ def _prepare(
         rank=rank,
         cuda=ops.cuda(),
     )
-    return Prepared(key, call, numbers)
 
 
 def _fixed_padding(
-    padding: Any, layer: nn.Module, stride: tuple[int, ...], dilation: tuple[int, ...]
+    padding: Any, filter: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     """Before and after each axis; None where they depend on the image ('same' with a stride)."""
     form = _arguments.padding_form(padding, len(stride))
     if form == "same" and any(step != 1 for step in stride):
         return None
-    filter = tuple(layer.weight.shape[2:])
     return _arguments.resolve_padding(form, filter, filter, stride, dilation)

@@ -35,6 +35,7 @@ from .tfp_variables import VariableStore, to_operator
 
 DEFAULT_POSTERIOR: Final = MeanFieldNormalFn()
 DEFAULT_POINT_MASS: Final = MeanFieldNormalFn(is_singular=True)
+_LINEAR: Final = activations.resolve(None)
 _MISSING: Final = object()
 
 
@@ -322,22 +323,27 @@ class VariationalLayer(DrawLoop, LossBook, Sampler, Configurable, VariableStore,
             if wants_kl and rho is not None
         }
         resolved = activations.resolve(self._activation_spec, face="keras")
+        fused = resolved if resolved.fn is None else _LINEAR
         loc, rho = posteriors["kernel"]
-        result = self._affine_map(
-            self._to_operators(x),
-            to_operator(loc),
-            None if rho is None else to_operator(rho),
-            *posteriors.get("bias", (None, None)),
-            activation=resolved if resolved.fn is None else None,
-            prior=priors.get("kernel"),
-            bias_prior=priors.get("bias"),
-            seed=call.seed,
-            num_samples=call.num_samples,
-            share_input=call.share_input,
-            scale_floor=torch.finfo(self._dtype).eps,
-            return_kl=wants_kl,
-            estimator=call.estimator,
-        )
+        rho = None if rho is None else to_operator(rho)
+        weights = (to_operator(loc), rho, *posteriors.get("bias", (None, None)))
+        both = (priors.get("kernel"), priors.get("bias"))
+        x = self._to_operators(x)
+        result = self._quick_map(x, weights, fused, both if wants_kl else None, call)
+        if result is None:
+            result = self._affine_map(
+                x,
+                *weights,
+                activation=fused,
+                prior=both[0],
+                bias_prior=both[1],
+                seed=call.seed,
+                num_samples=call.num_samples,
+                share_input=call.share_input,
+                scale_floor=torch.finfo(self._dtype).eps,
+                return_kl=wants_kl,
+                estimator=call.estimator,
+            )
         output, total = result if wants_kl else (result, None)
         output = self._from_operators(output)
         if resolved.fn is not None:

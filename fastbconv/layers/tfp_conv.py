@@ -139,6 +139,9 @@ class VariationalConv(VariationalLayer):
     def _from_operators(self, output: Tensor) -> Tensor:
         return output if self._channel_axis == 1 else output.movedim(1, -1)
 
+    def _geometry(self) -> tuple[Any, ...]:
+        return self.strides, self.padding, self.dilation_rate, 1
+
     def _affine_map(
         self, inputs: Tensor, weight: Tensor, rho: Tensor | None, *bias: Any, **options: Any
     ) -> Any:

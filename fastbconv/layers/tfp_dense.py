@@ -75,6 +75,9 @@ class VariationalDense(VariationalLayer):
     def _from_operators(self, output: Tensor) -> Tensor:
         return output
 
+    def _geometry(self) -> None:
+        return None
+
     def _affine_map(
         self, inputs: Tensor, weight: Tensor, rho: Tensor | None, *bias: Any, **options: Any
     ) -> Any:

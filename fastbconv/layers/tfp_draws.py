@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fastbconv import _arguments
+from fastbconv._quick import Prepared, quick_map
+from fastbconv.activations import Resolved
 from fastbconv.contexts import LayerContext, Sampled
 
 from .tfp_losses import LossBook
@@ -26,6 +28,8 @@ class DrawLoop(LossBook, Sampler):
     """Runs a call with as many draws as the layer's context asks for."""
 
     _fb_context: LayerContext | None
+    _prepared: Prepared | None = None
+    rank: int
 
     @property
     def _has_draws(self) -> bool:
@@ -44,6 +48,23 @@ class DrawLoop(LossBook, Sampler):
             return self._run_by_draw(x, call, context)
         call.num_samples, call.share_input = context.num_samples, context.share_input
         return self._run(x, call, sampled)
+
+    def _geometry(self) -> tuple[Any, ...] | None:
+        raise NotImplementedError
+
+    def _quick_map(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor | None, ...],
+        activation: Resolved,
+        priors: tuple[Any, Any] | None,
+        call: Call,
+    ) -> Any:
+        """The output of the short way, with the KL where priors are given; None: the long way."""
+        plain = call.estimator == "reparameterization" and not self._has_draws
+        if not plain or call.seed is None or self.rank > 2:
+            return None
+        return quick_map(self, x, weights, activation, priors, self._geometry(), call.seed)
 
     def _draws_at_once(self, call: Call, wants_kl: bool) -> bool:
         """Whether the operators draw every part, and know every divergence that is wanted."""
