@@ -18,6 +18,7 @@ from pathlib import Path
 
 NETWORKS = ("bayesian", "deterministic")
 FIGURES = ("accuracy", "nll", "calibration_error", "entropy", "auroc_noise")
+NOISE = ("0", "0.1", "0.2")  # standard deviation on the test images; white is 1
 
 
 def run(seed: int, arguments: argparse.Namespace, rest: list[str]) -> dict:
@@ -33,19 +34,20 @@ def run(seed: int, arguments: argparse.Namespace, rest: list[str]) -> dict:
     return json.loads(report.read_text())
 
 
-def summarise(reports: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
-    """network -> figure -> (mean, standard error of the mean)."""
-    table: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in NETWORKS:
-        clean = [report["networks"][name]["test"]["0"] for report in reports]
-        noisy = [report["networks"][name]["test"]["0.2"] for report in reports]
-        table[name] = {}
-        for figure in FIGURES:
-            source = noisy if figure == "auroc_noise" else clean
-            values = [part[figure] for part in source]
-            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            table[name][figure] = (statistics.fmean(values), error)
-    return table
+def summarise(reports: list[dict]) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
+    """noise -> network -> figure -> (mean, standard error of the mean)."""
+    return {noise: {name: _row(reports, name, noise) for name in NETWORKS} for noise in NOISE}
+
+
+def _row(reports: list[dict], name: str, noise: str) -> dict[str, tuple[float, float]]:
+    row = {}
+    for figure in FIGURES:
+        values = [report["networks"][name]["test"][noise][figure] for report in reports]
+        if None in values:  # clean images are not told from clean ones
+            continue
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        row[figure] = (statistics.fmean(values), error)
+    return row
 
 
 def main() -> None:
@@ -60,19 +62,19 @@ def main() -> None:
     rest = [argument for argument in rest if argument != "--"]
     reports = [run(seed, arguments, rest) for seed in range(arguments.seeds)]
     table = summarise(reports)
-    print(f"| network | {' | '.join(FIGURES)} |")
-    print("|---" * (len(FIGURES) + 1) + "|")
-    for name, row in table.items():
-        cells = [f"{mean:.4f} ± {error:.4f}" for mean, error in row.values()]
-        print(f"| {name} | {' | '.join(cells)} |")
+    print(f"| noise | network | {' | '.join(FIGURES)} |")
+    print("|---" * (len(FIGURES) + 2) + "|")
+    for noise, rows in table.items():
+        for name, row in rows.items():
+            cells = ["{:.4f} ± {:.4f}".format(*row[f]) if f in row else "-" for f in FIGURES]
+            print(f"| {noise} | {name} | {' | '.join(cells)} |")
     if arguments.json is not None:
         content = {
             "settings": reports[0]["settings"] | {"seed": list(range(arguments.seeds))},
             "environment": reports[0]["environment"],
             "table": table,
             "runs": [
-                {name: report["networks"][name]["test"]["0"] for name in NETWORKS}
-                for report in reports
+                {name: report["networks"][name]["test"] for name in NETWORKS} for report in reports
             ],
         }
         content["settings"].pop("data")

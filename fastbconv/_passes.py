@@ -7,8 +7,9 @@ than the batch. So ``predict`` tries: the first pass that several functions shar
 passes of the first and of the last of them alone return, and two rows have to give what each gives
 alone. Where they do not, functions get a pass each, and all rows of a tensor stay together. Both
 ends, because a model that reads but the last of its rows, or takes the last as a reference, gives
-the last function alone its due. And functions, or rows, that hardly differ prove nothing: what
-mixing them changes would pass for rounding.
+the last function alone its due. And it proves nothing unless the two functions, or rows, differ by
+more than ``_APART`` times what was found between together and alone: what mixing two that hardly
+differ changes would pass for rounding.
 
 Note [What lasts]. A prediction leaves nothing behind in a model: its passes run on copies of the
 batch, which a model may change in place; collectors of a training step do not see them; and the
@@ -17,6 +18,7 @@ layers forget the calls, of whose weights a Monte-Carlo KL would otherwise be.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -40,7 +42,7 @@ from .weight_samples import weight_samples
 Forward = Callable[[nn.Module, Any], Any]
 
 _TF32_EPS = 2.0**-10
-_APART = 4.0  # times the rounding: by so much two functions, or rows, must differ to prove anything
+_APART = 4.0
 _LAST_CALLS = ("_last_draw", "_last")  # what layers of either face keep of their last call
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -129,16 +131,16 @@ class Passes:
         with what functions alone have returned on the way, by number."""
         n, last = rows(batch), first + count - 1
         alone: dict[int, Any] = {}
-        proves = False
+        apart = math.inf
         if self.shares is None:
             # Before the shared pass, and copied: a CUDA graph of torch.compile writes over it.
             for sample in (first, last):
                 alone[sample] = tree_map_only(Tensor, torch.clone, self._run(batch, sample, 1))
-            fit = all(_unfit(output, n, 1) is None for output in alone.values())
-            proves = fit and self._difference(*alone.values(), _APART) is not None
-            if not fit and not self.insists:
+            if not self.insists and any(_unfit(output, n, 1) for output in alone.values()):
                 self.shares = False
-            if not proves and not self.insists:
+                return None, alone
+            apart = self._distance(*alone.values())
+            if apart == 0.0 and not self.insists:  # asked again at the next batch
                 return None, alone
         called = set(self.called)
         failure: Exception | None = None
@@ -149,8 +151,12 @@ class Passes:
                 part = None if wrong else _part(output, sample - first, n)
                 wrong = wrong or self._difference(part, expected)
             if wrong is None:
-                self.shares = self.shares or proves or None
-                return (output,), {}
+                parts = [(_part(output, s - first, n), found) for s, found in alone.items()]
+                between = max((self._distance(*pair) for pair in parts), default=0.0)
+                proved = apart > _APART * between
+                if proved or self.insists:
+                    self.shares = True if apart > 0.0 else None
+                    return (output,), {}
         except Exception as error:  # whatever it is: if it is no matter of sharing, it comes again
             wrong = f"{type(error).__name__}: {error}"
             failure = error if self.insists else None  # holds the tensors of the pass
@@ -166,8 +172,8 @@ class Passes:
             "or None"
         ) from failure
 
-    def _difference(self, got: Any, expected: Any, times: float = 1.0) -> str | None:
-        """What differs by more than rounding, or ``times`` that; None: nothing."""
+    def _difference(self, got: Any, expected: Any) -> str | None:
+        """What differs by more than rounding; None: nothing."""
         (ours, our_form), (theirs, form) = tree_flatten(got), tree_flatten(expected)
         if our_form != form:
             return "an output of another structure"
@@ -180,9 +186,17 @@ class Passes:
                 return (
                     f"{one.dtype} {tuple(one.shape)} instead of {other.dtype} {tuple(other.shape)}"
                 )
-            elif one.numel() and _far(one, other, times * self._rounding(one.dtype)):
+            elif _distance(one, other) > self._rounding(one.dtype):
                 return "other values"
         return None
+
+    def _distance(self, one: Any, other: Any) -> float:
+        """The largest difference of two outputs, in units of rounding."""
+        pairs = list(zip(_tensors(one), _tensors(other), strict=False))
+        if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
+            return math.inf
+        distances = (_distance(a, b) / max(self._rounding(a.dtype), 1e-300) for a, b in pairs)
+        return max(distances, default=0.0)
 
     def _rounding(self, dtype: torch.dtype) -> float:
         """What sums in another order may change, relative to the largest value.
@@ -230,8 +244,9 @@ class Passes:
             self.called.clear()  # with hooks, modules take other ways
         return max(sizes)
 
-    def rows_are_alike(self, batch: Any, likelihood: Likelihood) -> bool:
-        """Whether two rows give what each gives alone, and not the same.
+    def rows_are_alike(self, batch: Any, likelihood: Likelihood) -> bool | None:
+        """Whether two rows give what each gives alone; None: they give the same, which tells
+        nothing.
 
         That is the output where it has rows, and what the likelihood finds in it where only the
         likelihood knows: it may be a function that notes its calls.
@@ -246,11 +261,11 @@ class Passes:
                 both, *alone = (astuple(likelihood.moments(output)) for output in (both, *alone))
             if _unfit(both, 1, 2) is not None:
                 return False
-            if self._difference(*alone, _APART) is None:
+            parts = [(_part(both, row, 1), one) for row, one in enumerate(alone)]
+            if any(self._difference(*pair) for pair in parts):
                 return False
-            return not any(
-                self._difference(_part(both, row, 1), one) for row, one in enumerate(alone)
-            )
+            apart, between = self._distance(*alone), max(self._distance(*pair) for pair in parts)
+            return None if apart == 0.0 else apart > _APART * between
         except Exception:  # an error that is no matter of rows comes again
             return False
         finally:
@@ -308,17 +323,20 @@ def _unfit(output: Any, n: int, count: int) -> str | None:
     return None
 
 
-def _far(got: Tensor, expected: Tensor, allowed: float) -> bool:
-    """Whether values differ by more than ``allowed`` times the largest; NaN is NaN."""
+def _distance(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value; NaN is NaN."""
+    if not got.numel():
+        return 0.0
     if not got.is_floating_point() and not got.is_complex():
-        return not torch.equal(got, expected)
+        return 0.0 if torch.equal(got, expected) else math.inf
     wide = torch.complex128 if got.is_complex() else torch.float64
     got, expected = got.to(wide), expected.to(wide)
     same = (got == expected) | (got.isnan() & expected.isnan())
     size = expected.abs()
-    largest = size.masked_fill(~size.isfinite(), 0.0).max()
-    near = (got - expected).abs() <= allowed * largest
-    return not bool((same | near).all())
+    largest = float(size.masked_fill(~size.isfinite(), 0.0).max())
+    between = (got - expected).abs().masked_fill(same, 0.0)
+    furthest = float(between.nan_to_num(nan=math.inf, posinf=math.inf).max())
+    return furthest / largest if largest > 0.0 else (math.inf if furthest > 0.0 else 0.0)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -40,7 +40,7 @@ class KlCollector:
     Attributes:
         terms: layer position -> KL of its last pass, attached to the graph.
         like: the dtype and device of a sum without terms.
-        layers: how many Bayesian layers the model has.
+        layers: how many layers of the model hand their KL over.
     """
 
     terms: dict[int, Tensor] = field(default_factory=dict)

@@ -150,7 +150,8 @@ def collect_kl(model: nn.Module) -> Iterator[KlCollector]:
             gradient; or ``sum()`` is asked for where no layer has run, and is 0.
     """
     layers = bayesian_layers(model)
-    collector = KlCollector(like=next(iter(model.parameters()), None), layers=len(layers))
+    hand_over = sum(hasattr(layer, "_fb_context") for layer in layers)
+    collector = KlCollector(like=next(iter(model.parameters()), None), layers=hand_over)
     sinks = [{"sinks": ((collector, position),)} for position in range(len(layers))]
     with installed(layers, sinks):
         yield collector

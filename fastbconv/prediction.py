@@ -105,9 +105,9 @@ def predict(
     16 bits, or of TF32, on the way), which costs those two passes once for each prediction. Where
     it does not (rows on another axis, as in ``nn.LSTM`` without ``batch_first``; halves of a batch
     that belong together; outputs that are no tensors with rows; random numbers of the model's own;
-    an error), or where the two functions do not differ by four times that, every function gets a
-    pass of its own. A compiled model is compiled for each number of functions in a
-    pass: for one, and for one or two others.
+    an error), or where the two functions hardly differ, by less than four times what was found
+    between together and alone, every function gets a pass of its own. A compiled model is compiled
+    for each number of functions in a pass: for one, and for one or two others.
 
     Args:
         model: any module; it is given copies of the batches, and may change them in place.
@@ -219,10 +219,16 @@ class _Plan:
 
     def _rows_together(self, x: Tensor) -> int:
         """How many rows of a tensor make a batch: all, where a part of them is another input."""
-        ends = self.passes.batch(torch.cat([x[:1], x[1:][-1:]]))  # neighbours may be equal
-        cut = min(self.rows_per_pass(ends), max(len(x), 1))
-        whole = cut < len(x) and not self.passes.rows_are_alike(ends, self.likelihood)
-        return len(x) if whole else cut
+        n = len(x)
+        cut = min(self.rows_per_pass(self.passes.batch(x[:2])), max(n, 1))
+        if cut >= n:
+            return cut
+        for other in dict.fromkeys((n - 1, n // 2, n // 4 or 1)):  # neighbours may be equal
+            pair = self.passes.batch(torch.cat([x[:1], x[other : other + 1]]))
+            alike = self.passes.rows_are_alike(pair, self.likelihood)
+            if alike is not None:
+                return cut if alike else n
+        return n
 
     def rows_per_pass(self, batch: Any) -> int:
         """How many rows of all functions together fit into memory."""

@@ -16,6 +16,7 @@ from fastbconv.keras_weights import (
     KerasWeightsError,
     LayerWeights,
     MissingPackageError,
+    cli,
     read_keras_weights,
 )
 
@@ -339,3 +340,17 @@ def test_what_is_read_is_not_written_over(tmp_path: Path, capsys) -> None:
         assert "--output" in (error := capsys.readouterr().err)
         assert "expected another file than the one that is read" in error
     assert path.read_bytes() == before
+
+
+def test_the_files_of_a_checkpoint_are_not_written_over(tmp_path: Path) -> None:
+    """Given by its prefix, which is no file; what lies beside it may be written."""
+    prefix, beside = tmp_path / "model", tmp_path / "out.npz"
+    files = [tmp_path / "model.index", tmp_path / "model.data-00000-of-00001"]
+    for path in (*files, beside):
+        path.write_bytes(b"")
+    for path in files:
+        for source in (prefix, tmp_path):
+            with pytest.raises(KerasWeightsError, match="expected another file"):
+                cli._check_output(source, path)
+    for source in (prefix, tmp_path):
+        cli._check_output(source, beside)

@@ -227,3 +227,25 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     fb.predict(model, x, 3)
     with pytest.raises(ImportError, match="progress: expected tqdm"):
         fb.predict(model, x, 3, progress=True)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "equal ends"])
+def test_memory_holds_where_rows_are_close(kind: str) -> None:
+    """Rows that differ little beside bfloat16's rounding, or ends that are equal, told nothing: all
+    rows became one pass, whatever the memory."""
+    model, x = segmentation(), torch.rand(40, *images(1).shape[1:])
+    if kind == "bfloat16":
+        model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
+    else:
+        x[-1] = x[0]
+    assert max(_passes(model, x, memory=1 << 17)) <= 32
+
+
+def test_functions_of_a_narrow_posterior_share_passes_in_bfloat16() -> None:
+    model, x = fb.BayesLinear(16, 4).to(torch.bfloat16), torch.randn(8, 16, dtype=torch.bfloat16)
+    nn.init.constant_(model.weight_rho, -5.0)
+    rows: list[int] = []
+    handle = model.register_forward_hook(lambda _m, _i, y: rows.append(len(y)))
+    fb.predict(model, x, 32)
+    handle.remove()
+    assert max(rows) == 256

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastbconv.train import cli, data, device, loop
+from fastbconv.train import cli, data, device, loop, steptime
 from fastbconv.train.settings import Settings, Stage, TrainError
 
 GPUS = torch.cuda.device_count()
@@ -34,8 +35,49 @@ def test_processes_share_no_gpu() -> None:
 def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert cli.main(["--device", f"cuda:{GPUS}", "--out", str(out)]) == 2
-    assert f"expected GPU {GPUS} to be there, got {GPUS}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"--device cuda:{GPUS}: expected {GPUS + 1} GPU" in error
+    assert f"got {GPUS} that PyTorch" in error
     assert not out.exists()
+
+
+def test_processes_without_a_gpu_each_fail_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that failed alone was silent, and the others waited for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        with pytest.raises(TrainError, match="expected 3 GPUs on this machine, got 2"):
+            device.find("cuda", processes=3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device.find("cuda", processes=2) == torch.device("cuda", 1)
+
+
+SMALL = ["--networks", "bayesian", "--channels", "4", "--hidden", "8", "--epochs", "1"]
+SMALL += ["--num-samples", "2", "--threads", "1"]
+
+
+def test_a_run_goes_on_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun on a GPU, or before there was the setting, and continued on a CPU."""
+    monkeypatch.setattr(steptime, "_SECONDS", 0.0)
+    out = tmp_path / "out"
+    assert cli.main([*SMALL, "--out", str(out)]) == 0
+    settings = json.loads((out / "settings.json").read_text())
+    state = torch.load(path := out / "checkpoints" / "bayesian.pt", weights_only=True)
+    for value in ("cuda", None):
+        for kept in (settings, state["settings"]):
+            kept.pop("device")
+            if value:
+                kept["device"] = value
+        if value is None:
+            del state["generators"]["cuda"]
+        (out / "settings.json").write_text(json.dumps(settings))
+        torch.save(state, path)
+        (out / "report.json").unlink()
+        assert cli.main(["--resume", "--device", "cpu", "--out", str(out)]) == 0
+        assert (out / "report.json").exists()
 
 
 @pytest.mark.parametrize("bayesian", [True, False], ids=["bayesian", "deterministic"])

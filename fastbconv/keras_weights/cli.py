@@ -35,8 +35,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check_output(source: Path, output: Path) -> None:
-    """Raises where writing would destroy what was read."""
-    if output.exists() and (output.samefile(source) or source in output.parents):
+    """Raises where writing would destroy what was read: a file, or those of a checkpoint."""
+    if not output.exists():
+        return
+    prefixed = (source.parent.glob(f"{source.name}{end}") for end in (".index", ".data-*"))
+    read = [source, *(path for paths in prefixed for path in paths)]
+    inside = source.resolve() in output.resolve().parents and output.suffix != ".npz"
+    if inside or any(path.exists() and output.samefile(path) for path in read):
         raise KerasWeightsError(
             f"--output {output}: expected another file than the one that is read, got the same"
         )

@@ -87,7 +87,7 @@ def generators(device: torch.device | str = "cpu") -> dict[str, Any]:
 def restore_generators(state: dict[str, Any], device: torch.device | str = "cpu") -> None:
     """The inverse of ``generators``."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
+    if state.get("cuda") is not None and torch.device(device).type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002

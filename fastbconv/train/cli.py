@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,7 @@ def _resumed(given: dict[str, Any], out: Path, ours: Processes) -> tuple[Setting
         ) from None
     if "networks" in given:
         given["networks"] = tuple(name for name in NETWORKS if name in given["networks"])
+    settings = replace(settings, device=given.pop("device", settings.device))
     for name, value in given.items():
         if value != getattr(settings, name):
             flag = "--" + name.replace("_", "-")

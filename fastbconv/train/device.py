@@ -41,11 +41,14 @@ def find(name: str, processes: int) -> torch.device:
             f"--device: expected cuda without a number, since each of the {processes} processes "
             f"takes a GPU of its own, got {name}"
         )
-    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-    if index >= count:
+    index, needed = device.index, (device.index or 0) + 1
+    if index is None:  # every process of this machine asks for all of them: they fail alike
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if needed > count:
         raise TrainError(
-            f"--device {name}: expected GPU {index} to be there, got {count} that PyTorch "
-            f"{torch.__version__} sees; leave --device out to compute on the CPU"
+            f"--device {name}: expected {needed} GPU{'s' * (needed > 1)} on this machine, got "
+            f"{count} that PyTorch {torch.__version__} sees; --device cpu computes without"
         )
     return torch.device("cuda", index)
 

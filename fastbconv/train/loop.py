@@ -201,7 +201,8 @@ def resume(run: Run, path: Path) -> None:
         TrainError: the file is damaged, or belongs to another network or other settings.
     """
     content = checkpoint.load(path)
-    if content["stage"] != run.stage.name or content["settings"] != run.settings.to_dict():
+    saved = {**content["settings"], "device": run.settings.device}  # another one may go on
+    if content["stage"] != run.stage.name or saved != run.settings.to_dict():
         raise TrainError(
             f"{path}: expected network {run.stage.name!r} with the settings of this run, "
             f"got {content['stage']!r} with {content['settings']}"

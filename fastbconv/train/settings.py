@@ -69,6 +69,7 @@ class Settings:
         Raises:
             ValueError: a field is missing or unknown.
         """
+        values = {"device": "cpu", **values}  # runs from before that setting
         expected = {field.name for field in fields(cls)}
         if values.keys() != expected:
             wrong = ", ".join(sorted(values.keys() ^ expected))
