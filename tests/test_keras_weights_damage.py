@@ -46,7 +46,7 @@ def zipped(**members: bytes) -> bytes:
         (b"\x93NUMPY\x01", "a single NumPy array"),
         (b"\x1f\x8b\x08 gzip", "unpack it first"),
         (b"\x89HDF\r\n\x1a\n and nothing", "expected an HDF5 file, whole and undamaged"),
-        (b"PK\x03\x04 and nothing", "expected a .keras archive, whole and undamaged"),
+        (b"PK\x03\x04 and nothing", "expected a .keras archive or an .npz, whole and undamaged"),
         (zipped(a=b"1"), r"with model\.weights\.h5, got a zip file with \['a'\]"),
         (zipped(model__weights__h5=b"no HDF5"), r"model\.weights\.h5: expected an HDF5 file"),
         (zipped(a__npy=b"no array"), r"got one with \['a'\]"),
