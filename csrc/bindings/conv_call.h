@@ -95,6 +95,13 @@ template <typename T>
 void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor* kept, const at::Tensor& grad,
                   const at::Tensor& grad_input);
 
+// Whether wgrad_of_output() is what the weight's gradients are best made with: in a first layer, where nobody
+// else reads the gradient by the pre-activation.
+bool reads_output_gradient(const ConvCall& call, Algorithm method, const ConvBackward& back);
+// wgrad_direct() from the gradient by the output; returns what makes the bias gradient, (num_samples, K).
+template <typename T>
+at::Tensor wgrad_of_output(const ConvCall& call, const ConvBackward& back, const PosteriorGrads<T>& grads);
+
 // Fills the weight's gradients from the pre-activation gradient, KL included.
 template <typename T>
 void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,

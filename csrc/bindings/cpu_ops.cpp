@@ -126,6 +126,12 @@ LibraryGradients backward_convolution(ConvCall& call, ConvBackward back,
   const bool own_wgrad = back.wants_weight && wgrad != Algorithm::kLibrary;
   // The library's sums depend on the number of threads: a bias alone follows the choice for wgrad.
   const bool own_bias = back.wants_bias && wgrad != Algorithm::kLibrary;
+  LibraryGradients out;
+  if (own_wgrad && reads_output_gradient(call, wgrad, back)) {
+    out.bias = wgrad_of_output<T>(call, back, weight_grads->grads);
+    *weight_done = true;
+    return out;
+  }
   // The library reads the dtype of the input in any case.
   const bool narrow = (own_dgrad || own_wgrad) && (!own_dgrad || reads_bf16_gradient(call, dgrad)) &&
                       (!own_wgrad || reads_bf16_gradient(call, wgrad));
@@ -133,7 +139,6 @@ LibraryGradients backward_convolution(ConvCall& call, ConvBackward back,
   const PreActivationGradient z = own_dgrad || own_wgrad || own_bias
                                       ? activation_backward_direct<T>(call, first, grad_dtype)
                                       : activation_backward_library(call, first);
-  LibraryGradients out;
   ConvBackward rest = back;
   rest.wants_bias = library_sums_bias;
   rest.wants_input = back.wants_input && dgrad == Algorithm::kLibrary;

@@ -88,10 +88,9 @@ void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out) {
   if (with_kl) out->kl += partials->sum();
 }
 
-template <typename T>
-PreActivationGradient activation_backward_direct(const ConvCall& call, const ConvBackward& back,
-                                                 at::ScalarType grad_dtype) {
-  const auto& table = kernels<T>();
+namespace {
+
+ActivationGradParams activation_grad_params(const ConvCall& call, const ConvBackward& back) {
   const ConvShape& s = call.shape;
   ActivationGradParams a = {};
   a.rows = s.output_rows();
@@ -108,21 +107,51 @@ PreActivationGradient activation_backward_direct(const ConvCall& call, const Con
   }
   a.activation = call.activation;
   a.activation_param = call.options.activation_param;
-  const auto options = call.weight.loc->options();
+  return a;
+}
+
+at::Tensor empty_grad_bias(const ConvCall& call, ActivationGradParams* a) {
+  at::Tensor grad_bias = at::empty({a->num_samples, a->K}, call.weight.loc->options());
+  a->grad_bias = grad_bias.mutable_data_ptr();
+  return grad_bias;
+}
+
+WgradParams wgrad_params(const ConvCall& call) {
+  WgradParams w = {};
+  w.shape = call.shape;
+  w.dtype = dtype_of(call.compute_dtype);
+  w.input = call.input->const_data_ptr();
+  w.input_stride = image_strides(*call.input);
+  w.signs = call.signs;
+  return w;
+}
+
+template <typename T>
+void run_wgrad(const ConvCall& call, const ConvKernels<T>& table, const WgradParams& w,
+               const PosteriorGrads<T>& grads) {
+  const Parallel parallel = parallel_loop();
+  const at::Tensor scratch = workspace(table.wgrad_workspace(w, parallel.threads));
+  table.wgrad(w, host_posterior_params<T>(call.weight), grads, parallel, scratch.mutable_data_ptr());
+}
+
+}  // namespace
+
+template <typename T>
+PreActivationGradient activation_backward_direct(const ConvCall& call, const ConvBackward& back,
+                                                 at::ScalarType grad_dtype) {
+  const auto& table = kernels<T>();
+  ActivationGradParams a = activation_grad_params(call, back);
   PreActivationGradient out;
   if (can_use_as_is(back, grad_dtype)) {
     out.grad = *back.grad_output;
     if (!back.wants_bias) return out;
   } else {
-    const at::Tensor nhwc = advised(at::empty({a.rows, a.P, a.Q, a.K}, options.dtype(grad_dtype)));
+    const at::Tensor nhwc = advised(at::empty({a.rows, a.P, a.Q, a.K}, call.weight.loc->options().dtype(grad_dtype)));
     out.grad = nhwc.permute({0, 3, 1, 2});
     a.grad_dtype = dtype_of(grad_dtype);
     a.grad = nhwc.mutable_data_ptr();
   }
-  if (back.wants_bias) {
-    out.grad_bias = at::empty({a.num_samples, a.K}, options);
-    a.grad_bias = out.grad_bias.mutable_data_ptr();
-  }
+  if (back.wants_bias) out.grad_bias = empty_grad_bias(call, &a);
   const Parallel parallel = parallel_loop();
   const at::Tensor scratch = workspace(table.activation_grad_workspace(a, parallel.threads));
   table.activation_grad(a, parallel, scratch.mutable_data_ptr());
@@ -152,19 +181,30 @@ void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor* kept
 template <typename T>
 void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
                   const PosteriorGrads<T>& grads) {
-  const auto& table = methods<T>(call, method);
   const at::Tensor own = gradient_for(call, method, grad);
-  WgradParams w = {};
-  w.shape = call.shape;
-  w.dtype = dtype_of(call.compute_dtype);
-  w.input = call.input->const_data_ptr();
-  w.input_stride = image_strides(*call.input);
-  w.signs = call.signs;
+  WgradParams w = wgrad_params(call);
   w.grad_dtype = dtype_of(own.scalar_type());
   w.grad = own.const_data_ptr();
-  const Parallel parallel = parallel_loop();
-  const at::Tensor scratch = workspace(table.wgrad_workspace(w, parallel.threads));
-  table.wgrad(w, host_posterior_params<T>(call.weight), grads, parallel, scratch.mutable_data_ptr());
+  run_wgrad(call, methods<T>(call, method), w, grads);
+}
+
+// Images of few channels: a task of wgrad then has all of them, so that each gradient is made once.
+bool reads_output_gradient(const ConvCall& call, Algorithm method, const ConvBackward& back) {
+  constexpr int64_t kMostChannels = 4;
+  return method == Algorithm::kDirect && back.wants_weight && !back.wants_input && call.signs.input == nullptr &&
+         call.shape.groups == 1 && call.shape.C <= kMostChannels && !reads_bf16_gradient(call, method);
+}
+
+template <typename T>
+at::Tensor wgrad_of_output(const ConvCall& call, const ConvBackward& back, const PosteriorGrads<T>& grads) {
+  ActivationGradParams a = activation_grad_params(call, back);
+  at::Tensor grad_bias;
+  if (back.wants_bias) grad_bias = empty_grad_bias(call, &a);
+  WgradParams w = wgrad_params(call);
+  w.grad_dtype = dtype_of(call.parameter_dtype());
+  w.makes_grad = &a;
+  run_wgrad(call, kernels<T>().direct, w, grads);
+  return grad_bias;
 }
 
 template at::Tensor draw_bias<float>(const ConvCall&, double*);
@@ -181,6 +221,8 @@ template void dgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor*,
                                   const at::Tensor&);
 template void dgrad_direct<double>(const ConvCall&, Algorithm, const at::Tensor*, const at::Tensor&,
                                    const at::Tensor&);
+template at::Tensor wgrad_of_output<float>(const ConvCall&, const ConvBackward&, const PosteriorGrads<float>&);
+template at::Tensor wgrad_of_output<double>(const ConvCall&, const ConvBackward&, const PosteriorGrads<double>&);
 template void wgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor&,
                                   const PosteriorGrads<float>&);
 template void wgrad_direct<double>(const ConvCall&, Algorithm, const at::Tensor&,

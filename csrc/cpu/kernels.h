@@ -58,6 +58,8 @@ struct DgradParams {
   ImageStrides grad_input_stride;
 };
 
+struct ActivationGradParams;
+
 struct WgradParams {
   ConvShape shape;
   Dtype dtype;                  // of input
@@ -67,6 +69,9 @@ struct WgradParams {
   FlipSigns signs;
   Dtype grad_dtype;             // acc_t; kBFloat16 for KernelTable::pairs
   const void* grad;             // (output_rows, P, Q, K), NHWC
+  // Makes the gradient strip by strip, with the sums for the bias, where nobody else reads it: grad is null.
+  // For the direct kernels of one group, without signs.
+  const ActivationGradParams* makes_grad;
 };
 
 // grad = grad_output * activation'(saved), in NHWC, with its sum per channel.
