@@ -1,4 +1,4 @@
-"""A first layer's images want no gradient: its weight gradient makes the masked gradient for itself.
+"""A first layer's images want no gradient: its weight gradient masks the incoming one for itself.
 
 Everything must be as where the images do want one, and the gradient is made in a pass of its own.
 """

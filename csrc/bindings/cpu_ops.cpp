@@ -110,6 +110,15 @@ at::Tensor shared_noise(const ConvCall& call, const ConvBackward& back) {
   return shares ? at::empty({elements}, at::kFloat) : at::Tensor();
 }
 
+// What the library reads beside kernels of ours. Theirs is NHWC, which ATen would copy for images in planes;
+// that takes longer than making another.
+at::Tensor library_gradient(const ConvCall& call, const ConvBackward& back, const at::Tensor& own) {
+  if (call.format != at::MemoryFormat::Contiguous) return own;
+  ConvBackward without_bias = back;
+  without_bias.wants_bias = false;
+  return activation_backward_library(call, without_bias).grad;
+}
+
 // Gradient by each draw of weight and bias, and by the input; undefined where not wanted.
 template <typename T>
 LibraryGradients backward_convolution(ConvCall& call, ConvBackward back,
@@ -136,14 +145,17 @@ LibraryGradients backward_convolution(ConvCall& call, ConvBackward back,
   const bool narrow = (own_dgrad || own_wgrad) && (!own_dgrad || reads_bf16_gradient(call, dgrad)) &&
                       (!own_wgrad || reads_bf16_gradient(call, wgrad));
   const at::ScalarType grad_dtype = narrow ? at::kBFloat16 : call.parameter_dtype();
-  const PreActivationGradient z = own_dgrad || own_wgrad || own_bias
+  const bool own_any = own_dgrad || own_wgrad || own_bias;
+  const PreActivationGradient z = own_any
                                       ? activation_backward_direct<T>(call, first, grad_dtype)
                                       : activation_backward_library(call, first);
   ConvBackward rest = back;
   rest.wants_bias = library_sums_bias;
   rest.wants_input = back.wants_input && dgrad == Algorithm::kLibrary;
   rest.wants_weight = back.wants_weight && wgrad == Algorithm::kLibrary;
-  if (rest.wants_input || rest.wants_weight) out = backward_library<T>(call, rest, z.grad);
+  if (rest.wants_input || rest.wants_weight) {
+    out = backward_library<T>(call, rest, own_any ? library_gradient(call, back, z.grad) : z.grad);
+  }
   if (own_dgrad) {
     out.input =
         advised(at::empty(call.input->sizes(), call.input->options().memory_format(call.format)));

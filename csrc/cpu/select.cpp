@@ -115,7 +115,10 @@ bool direct_dgrad_is_as_fast(const ConvProblem& problem) {
 bool direct_wgrad_is_as_fast(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
   const int64_t channels = s.channels_per_group(), filters = s.filters_per_group();
-  if (!has_avx512(problem)) return !is_pointwise(s) || filters < 128;
+  if (!has_avx512(problem)) {
+    // Of images in planes the library reads a gradient of its own, beside that of the data gradient.
+    return !is_pointwise(s) || filters < 128 || (!problem.channels_last && is_large(s.N * s.P * s.Q * s.K, 8));
+  }
   if (s.R * s.S >= 25 && channels >= 64) return false;
   return filters > 16 || channels >= 8;
 }
