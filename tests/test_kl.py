@@ -62,6 +62,46 @@ def test_kl_is_never_negative_near_the_prior() -> None:
         assert kl_normal(torch.zeros(1), value[None]).item() >= 0.0
 
 
+@pytest.mark.parametrize("prior_scale", [1e-30, 1e-10, 1e-4, 1.0, 1e4, 1e10, 1e30])
+@pytest.mark.parametrize("size", [1, 15, 513])
+def test_kl_of_ratios_far_from_one(prior_scale: float, size: int) -> None:
+    # Products of such ratios leave the range of float64, the divergence does not.
+    rho = torch.linspace(-80.0, 40.0, size)
+    loc = torch.randn(size) * min(prior_scale, 1e9)
+    want = _torch_kl(loc, rho, 0.0, prior_scale).float()
+    assert_close(kl_normal(loc, rho, (0.0, prior_scale)), want, 2e-6, 0.0)
+
+
+@pytest.mark.parametrize("outlier", [-87.0, 0.0, 1e9, 3e38])
+@pytest.mark.parametrize("place", [0, 17, 511, 512, 599])
+def test_kl_with_one_ratio_far_from_the_others(outlier: float, place: int) -> None:
+    loc, rho = torch.randn(600), torch.full((600,), -4.0)
+    rho[place] = outlier
+    assert_close(
+        kl_normal(loc, rho, (0.0, 1e-3)), _torch_kl(loc, rho, 0.0, 1e-3).float(), 2e-6, 0.0
+    )
+
+
+@pytest.mark.parametrize("place", [0, 31, 519])
+def test_kl_shows_what_is_no_number(place: int) -> None:
+    for loc, rho, seen in (
+        (math.nan, 0.0, math.isnan),
+        (0.0, math.nan, math.isnan),
+        (math.inf, 0.0, math.isinf),
+    ):
+        locs, rhos = torch.randn(520), torch.randn(520)
+        locs[place], rhos[place] = loc, rho
+        assert seen(kl_normal(locs, rhos).item())
+
+
+def test_kl_of_exact_scales_is_rounded_once() -> None:
+    # softplus(rho) is rho there: nothing but the sum can be wrong.
+    rho = 20.0 + torch.rand(5000) * 300.0
+    for prior_scale in (1.0, 128.0):
+        got = kl_normal(torch.zeros(5000), rho, (0.0, prior_scale))
+        assert_close(got, _torch_kl(torch.zeros(5000), rho, 0.0, prior_scale), 6e-8, 0.0)
+
+
 @pytest.mark.parametrize("prior", ["tensors", "parameters"])
 def test_prior_gradients(prior: str) -> None:
     loc, rho = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)

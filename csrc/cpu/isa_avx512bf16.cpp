@@ -29,6 +29,7 @@ namespace isa_avx512bf16 {
 #include "transpose.inc"
 #include "noise.inc"
 #include "posterior_chunks.inc"
+#include "kl_sum.inc"
 #include "posterior.inc"
 #include "posterior_backward.inc"
 #include "activation.inc"
