@@ -219,7 +219,8 @@ def explain(
         device: a CPU or CUDA device; None: that of ``input``, where meta stands for the CPU.
 
     ``explain(layer, input)`` takes weight, stride, padding, dilation, groups and estimator from a
-    two-dimensional layer; ``input`` is what the layer would be called with.
+    layer, convolution or linear; ``input`` is what the layer would be called with. The kernels see
+    one dimension as images of one row, and a linear map as images of one pixel.
 
     Returns:
         One entry per direction and algorithm; the reference alone without a native library. The
@@ -236,10 +237,10 @@ def explain(
         True
     """
     if isinstance(input, torch.nn.Module):
-        given = (stride, padding, dilation, groups, estimator)
-        input, weight, stride, padding, dilation, groups, estimator = _of_layer(
-            input, weight, given
-        )
+        own = _of_layer(input, weight, (stride, padding, dilation, groups, estimator))
+        if own is None:
+            return _composed()
+        input, weight, stride, padding, dilation, groups, estimator = own
     affine = estimators.check(estimator) != 0
     input, _ = _arguments.batched_image(input, num_samples)
     _arguments.conv_tensors(input, weight, None, None, None, groups)
@@ -256,9 +257,7 @@ def explain(
     on = {"device": "cuda"} if _is_cuda(input.device if device is None else device) else {}
     native = _native.load()
     if native is None:
-        reason = "there is no native library; see fastbconv.build_info()"
-        names = ("fprop", "dgrad", "wgrad")
-        return Candidates(Candidate(name, "reference", True, True, reason) for name in names)
+        return _reference()
     if on and not (ops.cuda() or native.build_info().get("interpreter")):
         raise _no_cuda("device", "cpu, got cuda")
     rows = native.explain_conv(
@@ -315,8 +314,35 @@ def _is_cuda(device: torch.device | str) -> bool:
     return kind == "cuda"
 
 
-def _of_layer(layer: torch.nn.Module, input: Tensor, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """(input, weight, stride, padding, dilation, groups, estimator) of a layer and its input."""
+_DIRECTIONS: Final = ("fprop", "dgrad", "wgrad")
+
+
+def _reference() -> Candidates:
+    """What serves a call without a native library."""
+    reason = "there is no native library; see fastbconv.build_info()"
+    return Candidates(Candidate(name, "reference", True, True, reason) for name in _DIRECTIONS)
+
+
+def _composed() -> Candidates:
+    """What serves three-dimensional and transposed convolutions, whatever their shape."""
+    if not ops.available():
+        return _reference()
+    only = "for one and two dimensions, not transposed"
+    rows = Candidates()
+    for direction in _DIRECTIONS:
+        rows.append(Candidate(direction, "library", True, True, "our draws, PyTorch's convolution"))
+        for name in ("direct", "winograd2", "winograd4"):
+            rows.append(Candidate(direction, name, False, False, only))
+    return rows
+
+
+def _of_layer(
+    layer: torch.nn.Module, input: Tensor, given: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """(input, weight, stride, padding, dilation, groups, estimator) of a layer and its input.
+
+    None: the layer's calls are composed of PyTorch's convolution.
+    """
     if given != (1, 0, 1, 1, "reparameterization"):
         raise ValueError(
             "stride, padding, dilation, groups, estimator: expected none beside a layer, which has "
@@ -325,7 +351,7 @@ def _of_layer(layer: torch.nn.Module, input: Tensor, given: tuple[Any, ...]) -> 
     own = getattr(layer, "_convolution_of", None)
     if own is None:
         raise TypeError(
-            "input: expected a tensor, or a two-dimensional convolution layer and its input, got "
+            "input: expected a tensor, or a layer of this package and its input, got "
             f"{_arguments.type_name(layer)}; pass explain(input, weight) with the weight as "
             "(K, C / groups, R, S) and the input as (N, C, H, W)"
         )

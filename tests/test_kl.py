@@ -62,6 +62,21 @@ def test_kl_is_never_negative_near_the_prior() -> None:
         assert kl_normal(torch.zeros(1), value[None]).item() >= 0.0
 
 
+def test_kl_is_never_negative_for_many_ratios_near_one() -> None:
+    # rho of the floats around softplus^-1(1 - floor); each chunk multiplies 512 such ratios.
+    middle = torch.tensor(math.log(math.expm1(1.0 - 2.0**-23)))
+    steps = torch.randint(-4, 5, (200, 512), generator=torch.Generator().manual_seed(1))
+    rho = (middle.view(torch.int32) + steps.int()).view(torch.float32)
+    for row in rho:
+        assert 0.0 <= kl_normal(torch.zeros(512), row).item() < 1e-9
+
+
+def test_kl_of_a_mean_far_away_is_finite_while_it_is_a_float32() -> None:
+    # d^2 is none, half of it is.
+    loc, rho = torch.tensor([2.2e19]), torch.tensor([0.0])
+    assert_close(kl_normal(loc, rho, (0.0, 1.0)), _torch_kl(loc, rho, 0.0, 1.0).float(), 1e-6, 0.0)
+
+
 @pytest.mark.parametrize("prior_scale", [1e-30, 1e-10, 1e-4, 1.0, 1e4, 1e10, 1e30])
 @pytest.mark.parametrize("size", [1, 15, 513])
 def test_kl_of_ratios_far_from_one(prior_scale: float, size: int) -> None:

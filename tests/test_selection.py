@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -139,8 +140,52 @@ def test_explain_takes_layers_of_the_other_face() -> None:
             given if first else image, W, stride=2, padding="same", estimator=estimator
         )
         assert fb.explain(layer, given) == want
-    with pytest.raises(TypeError, match="expected a two-dimensional layer, got Convolution3DFlip"):
-        fb.explain(fb.Convolution3DFlipout(8, 3), torch.randn(1, 4, 4, 4, 2))
+
+
+def _estimated(layer: torch.nn.Module) -> str:
+    return getattr(layer, "estimator", None) or layer._estimator
+
+
+@pytest.mark.parametrize(
+    "kind", [fb.BayesConv1d, fb.Convolution1DReparameterization, fb.Convolution1DFlipout]
+)
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_explain_sees_one_dimension_as_a_row(kind: type[torch.nn.Module], padding: str) -> None:
+    torch_face = kind is fb.BayesConv1d
+    x = torch.randn(2, 64, 33) if torch_face else torch.randn(2, 33, 64)
+    image = x if torch_face else x.movedim(-1, 1)
+    layer = kind(64, 64, 3, 2, padding) if torch_face else kind(64, 3, 2, padding)
+    weight, estimator = torch.zeros(64, 64, 1, 3), _estimated(layer)
+    options = {"stride": (1, 2), "padding": padding, "estimator": estimator}
+    assert fb.explain(layer, x) == fb.explain(image.unsqueeze(2), weight, **options)
+
+
+@pytest.mark.parametrize("kind", [fb.BayesLinear, fb.DenseReparameterization, fb.DenseFlipout])
+def test_explain_sees_a_linear_map_as_a_pixel(kind: type[torch.nn.Module]) -> None:
+    layer = kind(7, 5) if kind is fb.BayesLinear else kind(5)
+    weight, estimator = torch.zeros(5, 7, 1, 1), _estimated(layer)
+    for lead in ((4,), (2, 3)):
+        want = fb.explain(torch.zeros(math.prod(lead), 7, 1, 1), weight, estimator=estimator)
+        assert fb.explain(layer, torch.randn(*lead, 7)) == want
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (fb.BayesConv3d(2, 4, 3), (1, 2, 4, 4, 4)),
+        (fb.BayesConvTranspose2d(2, 4, 3, estimator="flipout"), (1, 2, 4, 4)),
+        (fb.Convolution3DFlipout(8, 3), (1, 4, 4, 4, 2)),
+    ],
+)
+def test_explain_says_what_is_composed(layer: torch.nn.Module, shape, monkeypatch) -> None:
+    rows = fb.explain(layer, torch.randn(shape))
+    assert {row.algorithm for row in rows if row.chosen} == {"library"}
+    assert len(rows) == 12
+    assert all(row.available == row.chosen and row.reason for row in rows)
+    with fb.algorithm("direct"), pytest.raises(NotImplementedError):
+        layer(torch.randn(shape))
+    monkeypatch.setattr(fb.ops, "available", lambda: False)
+    assert {row.algorithm for row in fb.explain(layer, torch.randn(shape))} == {"reference"}
 
 
 @pytest.mark.parametrize("rank", [2, 3])

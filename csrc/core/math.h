@@ -4,7 +4,7 @@
 // The build turns floating-point contraction off (-ffp-contract=off, --fmad=false), so the compiler
 // adds none of its own; no fast-math flag anywhere. Every function here is branch-free in float, so
 // that a loop over it vectorises. The double overloads call the C library: they serve gradcheck and
-// float64 models, whose noise is float32 all the same.
+// float64 models, whose noise is float32 all the same. (So does the sum of the KL, once in 512 weights.)
 //
 // Largest errors of the float versions, found by sweeps over their ranges (tests/native/test_math.cpp):
 //   log_positive 2.6e-7 relative to max(|log x|, 0.1)   exp_nonpositive 2.5e-7 relative

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,23 @@ from fastbconv.estimators import Estimator
 from fastbconv.kl import PriorLike
 
 from .conv2d import bayes_conv2d
+
+
+def as_plane(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: _arguments.PaddingLike,
+    dilation: int | Sequence[int],
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(image of one row, filter of one row, geometry) of a one-dimensional convolution."""
+    form = _arguments.padding_form(padding, 1)
+    geometry = {
+        "stride": (1, *_arguments.spatial("stride", stride, 1)),
+        "padding": form if isinstance(form, str) else ((0, 0), form),
+        "dilation": (1, *_arguments.spatial("dilation", dilation, 1)),
+    }
+    return input.unsqueeze(-2), weight.unsqueeze(-2), geometry
 
 
 def bayes_conv1d(
@@ -87,16 +105,14 @@ def bayes_conv1d(
     resolved = activations.resolve(activation, channel_dim=-2)
     input, unbatched = _arguments.batched_image(input, num_samples, rank=1)
     _arguments.conv_tensors(input, weight, weight_rho, bias, bias_rho, groups, rank=1)
-    form = _arguments.padding_form(padding, 1)
+    input, plane, geometry = as_plane(input, weight, stride, padding, dilation)
     result = bayes_conv2d(
-        input.unsqueeze(2),
-        weight.unsqueeze(2),
+        input,
+        plane,
         None if weight_rho is None else weight_rho.unsqueeze(2),
         bias,
         bias_rho,
-        stride=(1, *_arguments.spatial("stride", stride, 1)),
-        padding=form if isinstance(form, str) else ((0, 0), form),
-        dilation=(1, *_arguments.spatial("dilation", dilation, 1)),
+        **geometry,
         groups=groups,
         activation=resolved if resolved.fn is None else None,
         prior=kl.map_prior(kl.resolve_prior(prior), weight, lambda value: value.unsqueeze(-2)),

@@ -14,6 +14,7 @@ from fastbconv import _arguments, functional
 from fastbconv._quick import quick_call
 from fastbconv.estimators import Estimator
 from fastbconv.functional import ActivationLike
+from fastbconv.functional.conv1d import as_plane
 from fastbconv.kl import PriorLike
 
 from ._base import EvalMode
@@ -115,6 +116,17 @@ class _BayesConv(BayesConvNd):
         if self.padding_mode == "zeros":
             return input, self.padding
         return self._pad(input), 0
+
+    def _convolution_of(self, input: Tensor) -> tuple[Any, ...] | None:
+        """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
+        if self.rank == 3:
+            return None
+        input, padding = self._padded(input)
+        geometry = (self.stride, padding, self.dilation)
+        if self.rank == 2:
+            return input, self.weight, *geometry, self.groups, self.estimator
+        input, weight, of_plane = as_plane(input, self.weight, *geometry)
+        return input, weight, *of_plane.values(), self.groups, self.estimator
 
     def _check_size(self, input: Tensor, padding: _arguments.PaddingLike) -> None:
         """As torch.nn, a layer wants an image that its filter fits into; of functional a size less
@@ -267,12 +279,6 @@ class BayesConv2d(_BayesConv, nn.Conv2d):
 
     rank = 2
     function = staticmethod(functional.bayes_conv2d)
-
-    def _convolution_of(self, input: Tensor) -> tuple[Any, ...]:
-        """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
-        input, padding = self._padded(input)
-        geometry = (self.stride, padding, self.dilation, self.groups)
-        return input, self.weight, *geometry, self.estimator
 
 
 class BayesConv3d(_BayesConv, nn.Conv3d):

@@ -164,6 +164,9 @@ class BayesConvTranspose2d(BayesConvNd, nn.ConvTranspose2d):
             dilation=self.dilation,
         )
 
+    def _convolution_of(self, input: Tensor) -> None:
+        """For ``fastbconv.explain``: PyTorch's convolution computes every call."""
+
     def _padding_to(self, input: Tensor, output_size: tuple[int, ...]) -> tuple[int, ...]:
         """The output padding that gives an output of this size."""
         _arguments.batched_image(input, 1)

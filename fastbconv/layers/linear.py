@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -10,6 +12,7 @@ from fastbconv import _arguments, functional
 from fastbconv._quick import quick_call
 from fastbconv.estimators import Estimator
 from fastbconv.functional import ActivationLike
+from fastbconv.functional.linear import as_filter
 from fastbconv.kl import PriorLike
 
 from ._base import BayesLayer, EvalMode
@@ -100,6 +103,12 @@ class BayesLinear(BayesLayer, nn.Linear):
             if output is not None:
                 return output
         return self._call(functional.bayes_linear, input, seed, generator, num_samples, share_input)
+
+    def _convolution_of(self, input: Tensor) -> tuple[Any, ...]:
+        """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
+        _arguments.linear_tensors(input, self.weight, None, None, None)
+        image = input.reshape(-1, self.in_features, 1, 1)
+        return image, as_filter(self.weight), 1, 0, 1, 1, self.estimator
 
     def extra_repr(self) -> str:
         """The arguments that are not at their default."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastbconv import functional
+from fastbconv.functional.conv1d import as_plane
 
 from . import tfp_arguments as arguments
 from .tfp_arguments import InputSpec
@@ -156,19 +157,18 @@ class VariationalConv(VariationalLayer):
             **options,
         )
 
-    def _convolution_of(self, inputs: Tensor) -> tuple[Any, ...]:
+    def _convolution_of(self, inputs: Tensor) -> tuple[Any, ...] | None:
         """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
-        if self.rank != 2:
-            raise TypeError(
-                f"input: expected a two-dimensional layer, got {type(self).__name__}; in three "
-                "dimensions PyTorch's convolution computes every call, in one the kernels run on "
-                "images of one row"
-            )
+        if self.rank == 3:
+            return None
         image = self._to_operators(self._checked_input(inputs))
         shape = (self.filters, image.shape[1], *self.kernel_size)
         weight = image.new_empty(shape, dtype=torch.promote_types(self._dtype, torch.float32))
-        geometry = (self.strides, self.padding, self.dilation_rate, 1)
-        return image, weight, *geometry, self._estimator
+        geometry = (self.strides, self.padding, self.dilation_rate)
+        if self.rank == 2:
+            return image, weight, *geometry, 1, self._estimator
+        image, weight, of_plane = as_plane(image, weight, *geometry)
+        return image, weight, *of_plane.values(), 1, self._estimator
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Output shape for an input shape, with None for unknown sizes; works before ``build``.

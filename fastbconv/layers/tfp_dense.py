@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastbconv import functional
@@ -82,6 +83,14 @@ class VariationalDense(VariationalLayer):
         self, inputs: Tensor, weight: Tensor, rho: Tensor | None, *bias: Any, **options: Any
     ) -> Any:
         return functional.bayes_linear(inputs, weight, rho, *bias, **options)
+
+    def _convolution_of(self, inputs: Tensor) -> tuple[Any, ...]:
+        """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
+        inputs = self._checked_input(inputs)
+        image = inputs.reshape(-1, inputs.shape[-1], 1, 1)
+        dtype = torch.promote_types(self._dtype, torch.float32)
+        weight = image.new_empty((self.units, image.shape[1], 1, 1), dtype=dtype)
+        return image, weight, 1, 0, 1, 1, self._estimator
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """The input shape with ``units`` as its last entry.

@@ -37,7 +37,9 @@ bool same_bits(float a, float b) { return float_to_bits(a) == float_to_bits(b); 
 
 // Every fast path equals the one-element definition, also where the counter carries into its high word.
 void test_normals(Random& random) {
-  const uint64_t starts[] = {0, 1, 3, 61, 4095, (1ull << 34) - 40, (1ull << 61) - 100};
+  std::vector<uint64_t> starts = {0, 1, 3, 61, 4095, (1ull << 61) - 100, (1ull << 62) - 100, ~0ull - 99};
+  // The last counter of a group on either side of where the upper half of its number changes.
+  for (uint64_t d = 0; d <= 40; ++d) starts.push_back((1ull << 34) - 4 * d);
   for (uint64_t first : starts) {
     const NoiseKey noise = {random.next(), random.next()};
     const Stream stream = static_cast<Stream>(random.below(16));
@@ -91,7 +93,7 @@ struct Fixture {
     params.loc = loc.data(), params.rho = rho.data();
     params.loc_stride = strides(static_cast<int>(random.below(3)));
     params.rho_stride = strides(static_cast<int>(random.below(3)));
-    params.prior_loc_value = T(0.25), params.prior_scale_value = T(0.5);
+    params.prior_loc_value = T(0.25), params.prior_scale_value = T(random.below(3) == 0 ? 1e4 : 0.5);
     if (prior_tensors) {
       params.prior_loc = prior_loc.data();
       params.prior_scale = prior_scale.data();
@@ -154,7 +156,7 @@ void test_posterior(Random& random, bool prior_tensors, std::vector<double>* bit
           const double loc = f.at(p.loc, p.loc_stride, k, r, t, c);
           const double rho = f.at(p.rho, p.rho_stride, k, r, t, c);
           const double prior_loc = prior_tensors ? f.at(p.prior_loc, p.prior_loc_stride, k, r, t, c) : 0.25;
-          const double prior_scale = prior_tensors ? f.prior_scale[static_cast<size_t>(k)] : 0.5;
+          const double prior_scale = prior_tensors ? f.prior_scale[static_cast<size_t>(k)] : p.prior_scale_value;
           const double scale = exact_scale(rho, p.scale_floor);
           const double want =
               loc + scale * standard_normal({p.noise.key, p.noise.offset + 2}, p.stream, element);
