@@ -2,11 +2,13 @@
 #
 #   PYTHON   interpreter that .venv is made from          (python3)
 #   ARGS     passed on: make test ARGS="-k noise -x"
+#   JOBS     test files that run side by side; 0: in one process           (2)
 #   TORCH    what is installed where torch is missing      (torch==2.13.0)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+JOBS ?= 2
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -29,7 +31,8 @@ train: $(VENV)/train.stamp build  ## train the Bayesian CNN on digits; ARGS="--e
 	@$(PY) -m fastbconv train $(ARGS)
 
 test: $(VENV)/test.stamp build  ## all tests; ARGS="-k noise -x"
-	@$(PY) -m pytest $(ARGS)
+	@# Threads that wait give their core to the other process. Whole files: a fixture is compiled once.
+	OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/bench.stamp build  ## timings against the deterministic layer
 	@$(PY) -m fastbconv bench $(ARGS)
