@@ -80,11 +80,11 @@ FBC_INLINE float log1p_tail(float f) {
 
 constexpr float kLogOfTwo = 0.693147181f;
 
-FBC_INLINE float log_positive(float x) {
-  const SplitFloat s = split_at_sqrt2(x);
+FBC_INLINE float log_of_split(SplitFloat s) {
   const float r = fused_multiply_add(s.fraction * s.fraction, log1p_tail(s.fraction), s.fraction);
   return fused_multiply_add(s.exponent, kLogOfTwo, r);
 }
+FBC_INLINE float log_positive(float x) { return log_of_split(split_at_sqrt2(x)); }
 FBC_INLINE double log_positive(double x) { return std::log(x); }
 
 // exp(x) for x <= 0, never below 1.6e-38: the clamp keeps the result normal, so that flushing of

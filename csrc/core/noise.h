@@ -54,22 +54,27 @@ FBC_INLINE PhiloxWords noise_words(NoiseKey noise, Stream stream, uint64_t block
                        static_cast<uint32_t>(noise.key >> 32));
 }
 
+// u = (word >> 1 + 0.5) / 2^31, split for its logarithm.
+FBC_INLINE SplitFloat split_uniform(uint32_t word) {
+  return split_at_sqrt2(
+      fused_multiply_add(static_cast<float>(static_cast<int32_t>(word >> 1)), 0x1p-31f, 0x1p-32f));
+}
+
 // sqrt(-2 log u). u <= 1 after rounding, where the polynomial may return +0: the max guards the root.
-FBC_INLINE float box_muller_radius(uint32_t word) {
-  const float u = fused_multiply_add(static_cast<float>(static_cast<int32_t>(word >> 1)),
-                                     0x1p-31f, 0x1p-32f);
-  const float s = -2.0f * log_positive(u);
+FBC_INLINE float box_muller_radius(SplitFloat u) {
+  const float s = -2.0f * log_of_split(u);
   return square_root(s > 0.0f ? s : 0.0f);
 }
+
+FBC_INLINE float box_muller_radius(uint32_t word) { return box_muller_radius(split_uniform(word)); }
 
 struct NormalPair {
   float cosine;
   float sine;
 };
 
-// sin and cos of (pi/2) s, s in [-1, 1), by minimax polynomials in s^2: no range reduction is needed.
-FBC_INLINE NormalPair box_muller(uint32_t radius_word, uint32_t angle_word) {
-  const float radius = box_muller_radius(radius_word);
+// radius * cos and sin of (pi/2) s, s in [-1, 1), by minimax polynomials in s^2: no range reduction is needed.
+FBC_INLINE NormalPair box_muller_turn(float radius, uint32_t angle_word) {
   const float s = static_cast<float>(static_cast<int32_t>(angle_word << 1)) * 0x1p-31f;
   const float t = s * s;
   float sine = 0.000151485132f;
@@ -84,6 +89,10 @@ FBC_INLINE NormalPair box_muller(uint32_t radius_word, uint32_t angle_word) {
   cosine = fused_multiply_add(cosine, t, 0.99999994f);
   const uint32_t sign = angle_word & 0x80000000u;
   return {bits_to_float(float_to_bits(radius * cosine) ^ sign), radius * (s * sine)};
+}
+
+FBC_INLINE NormalPair box_muller(uint32_t radius_word, uint32_t angle_word) {
+  return box_muller_turn(box_muller_radius(radius_word), angle_word);
 }
 
 // The standard-normal draw of one element: the definition that every fast path must equal.
