@@ -201,6 +201,16 @@ class Function:
                 f"{_kind(value)}; for a model with several heads give a function for each, lambda "
                 "output: output[0].softmax(1), or loop over fixed_sample(model, seed, sample=s)"
             )
+        if value.ndim == 0:
+            raise ValueError(
+                "likelihood: expected a tensor (N, ...) from the function, a value for each row, "
+                "got a single number"
+            )
+        if value.is_complex():
+            raise TypeError(
+                f"likelihood: expected real values from the function, got {value.dtype}; "
+                "torch.view_as_real keeps both parts"
+            )
         return Moments(value.double())
 
     def entropy(self, mean: Tensor) -> None:

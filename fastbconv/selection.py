@@ -237,9 +237,11 @@ def explain(
         True
     """
     if isinstance(input, torch.nn.Module):
-        own = _of_layer(input, weight, (stride, padding, dilation, groups, estimator))
+        given = (stride, padding, dilation, groups, estimator)
+        num_samples = _arguments.integer("num_samples", num_samples, 1)
+        own = _of_layer(input, weight, given, 1 if share_input else num_samples)
         if own is None:
-            return _composed()
+            return _composed(weight.device if device is None else device)
         input, weight, stride, padding, dilation, groups, estimator = own
     affine = estimators.check(estimator) != 0
     input, _ = _arguments.batched_image(input, num_samples)
@@ -258,8 +260,7 @@ def explain(
     native = _native.load()
     if native is None:
         return _reference()
-    if on and not (ops.cuda() or native.build_info().get("interpreter")):
-        raise _no_cuda("device", "cpu, got cuda")
+    _check_cuda(bool(on))
     rows = native.explain_conv(
         list(input.shape),
         list(weight.shape),
@@ -323,10 +324,17 @@ def _reference() -> Candidates:
     return Candidates(Candidate(name, "reference", True, True, reason) for name in _DIRECTIONS)
 
 
-def _composed() -> Candidates:
+def _check_cuda(asked: bool) -> None:
+    if asked and not (ops.cuda() or _native.build_info().get("interpreter")):
+        raise _no_cuda("device", "cpu, got cuda")
+
+
+def _composed(device: torch.device | str) -> Candidates:
     """What serves three-dimensional and transposed convolutions, whatever their shape."""
+    on_cuda = _is_cuda(device)
     if not ops.available():
         return _reference()
+    _check_cuda(on_cuda)
     only = "for one and two dimensions, not transposed"
     rows = Candidates()
     for direction in _DIRECTIONS:
@@ -337,7 +345,7 @@ def _composed() -> Candidates:
 
 
 def _of_layer(
-    layer: torch.nn.Module, input: Tensor, given: tuple[Any, ...]
+    layer: torch.nn.Module, input: Tensor, given: tuple[Any, ...], draws: int
 ) -> tuple[Any, ...] | None:
     """(input, weight, stride, padding, dilation, groups, estimator) of a layer and its input.
 
@@ -355,4 +363,12 @@ def _of_layer(
             f"{_arguments.type_name(layer)}; pass explain(input, weight) with the weight as "
             "(K, C / groups, R, S) and the input as (N, C, H, W)"
         )
-    return own(_arguments.tensor("weight", input))
+    if _arguments.is_lazy(getattr(layer, "weight", None)):
+        raise ValueError(
+            f"input: expected a layer whose shape is known, got {_arguments.type_name(layer)}; "
+            "call it once"
+        )
+    input = _arguments.tensor("input", input)
+    if input.is_floating_point():
+        input = input.to(_arguments.compute_dtype(input))  # autocast's
+    return own(input, draws)

@@ -296,3 +296,9 @@ def test_a_collector_prints_its_sum() -> None:
     with fb.collect_kl(layer) as kl:
         layer(torch.ones(1, 4))
     assert repr(kl) == f"KlCollector(1 layers, sum {kl.sum().item():.6g} nats)"
+
+
+def test_no_tensor_at_all_is_named() -> None:
+    for mode in ("zeros", "circular"):
+        with pytest.raises(TypeError, match="input: expected a tensor, got NoneType"):
+            fb.BayesConv2d(3, 4, 3, padding=1, padding_mode=mode)(None)

@@ -32,6 +32,15 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"num_samples": 3, "share_input": True},
     ),
     "point": ({"N": 2, "C": 4, "H": 6, "W": 6, "K": 7, "R": 1, "S": 1}, {"padding": [0] * 4}),
+    "wide-window": ({"N": 3, "C": 4, "H": 5, "W": 40, "K": 20, "R": 1, "S": 13}, {}),
+    "stem": (
+        {"N": 2, "C": 3, "H": 20, "W": 22, "K": 24, "R": 7, "S": 7},
+        {"stride": [2, 2], "padding": [3, 3, 3, 3]},
+    ),
+    "filters-in-blocks": ({"N": 2, "C": 3, "H": 9, "W": 9, "K": 200}, {"dilation": [1, 2]}),
+    "long-rows": ({"N": 2, "C": 1, "H": 2, "W": 400, "K": 40}, {}),
+    "one-strip": ({"N": 1, "C": 1, "H": 1, "W": 1500, "K": 80, "R": 1, "S": 10}, {}),
+    "beyond-the-bound": ({"N": 1, "C": 1, "H": 1, "W": 5000, "K": 64, "R": 1, "S": 10}, {}),
     "batch-of-none": ({"N": 0, "C": 3, "H": 6, "W": 6, "K": 7}, {}),
 }
 
@@ -71,6 +80,12 @@ def _assert_alike(sizes: dict[str, Any], changes: dict[str, Any]) -> None:
 def test_gradients_are_those_of_an_inner_layer(shape: str, activation: int) -> None:
     sizes, changes = SHAPES[shape]
     _assert_alike(sizes, {**changes, "activation": activation, "algorithm": DIRECT})
+
+
+@pytest.mark.parametrize("shape", ["one-channel", "stem", "wide-window", "one-strip"])
+def test_on_each_instruction_set(shape: str, isa: str) -> None:
+    sizes, changes = SHAPES[shape]
+    _assert_alike(sizes, {**changes, "activation": SILU, "algorithm": DIRECT})
 
 
 @pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])

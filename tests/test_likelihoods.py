@@ -107,3 +107,11 @@ def test_outputs_that_do_not_fit(likelihood, output, error: type[Exception], mes
 def test_a_negative_noise_is_an_error() -> None:
     with pytest.raises(ValueError, match="variance: expected a non-negative number, got -1"):
         likelihoods.Gaussian(variance=-1.0)
+
+
+def test_a_function_has_real_values_for_each_row() -> None:
+    output = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"a value for each row, got a single number"):
+        likelihoods.Function(lambda value: value.mean()).moments(output)
+    with pytest.raises(TypeError, match=r"expected real values from the function, got"):
+        likelihoods.Function(torch.fft.fft).moments(output)

@@ -293,3 +293,51 @@ def test_a_sampled_kl_belongs_to_the_draw_of_its_rank(monkeypatch) -> None:
     torch.manual_seed(5)
     layer(torch.zeros(1, 16, 5, 5))
     assert_same(layer._last_draw[0], seed + torch.tensor([0, 2 << 48]))
+
+
+LAYERS: list[tuple[torch.nn.Module, tuple[int, ...]]] = [
+    (fb.BayesConv1d(3, 4, 3), (2, 3, 8)),
+    (fb.BayesConv2d(3, 4, 3), (2, 3, 8, 8)),
+    (fb.BayesConv3d(3, 4, 3), (2, 3, 5, 5, 5)),
+    (fb.BayesConvTranspose2d(3, 4, 3), (2, 3, 5, 5)),
+    (fb.BayesLinear(3, 4), (2, 3)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+def test_explain_refuses_what_the_layer_refuses(layer: torch.nn.Module, shape) -> None:
+    x = torch.randn(shape)
+    wrong = [torch.cat([x, x], 1), torch.tensor(1.0), x.double(), x.int(), None]
+    if not isinstance(layer, fb.BayesLinear):
+        wrong.append(x[None, None])
+    if not isinstance(layer, (fb.BayesLinear, fb.BayesConvTranspose2d)):
+        wrong.append(x[..., :2])
+    for value in wrong:
+        with pytest.raises((TypeError, ValueError)) as called:
+            layer(value)
+        with pytest.raises(called.type) as explained:
+            fb.explain(layer, value)
+        assert str(explained.value) == str(called.value)
+    with pytest.raises(ValueError, match="expected a divisor of the 2 input rows, got 3"):
+        fb.explain(layer, x, num_samples=3)
+    assert fb.explain(layer, x, num_samples=2)
+    assert fb.explain(layer, x, num_samples=3, share_input=True)
+    with pytest.raises(ValueError, match="device: expected cpu or cuda, got 'foo'"):
+        fb.explain(layer, x, device="foo")
+    assert fb.explain(layer, x.to("meta")) == fb.explain(layer, x)
+
+
+def test_explain_wants_a_layer_with_a_shape() -> None:
+    for lazy in (
+        fb.LazyBayesConv2d(4, 3),
+        fb.LazyBayesConvTranspose2d(4, 3),
+        fb.LazyBayesLinear(4),
+    ):
+        with pytest.raises(ValueError, match=r"expected a layer whose shape is known, got .*Lazy"):
+            fb.explain(lazy, torch.randn(2, 3, 8, 8))
+
+
+def test_explain_tells_what_autocast_runs() -> None:
+    layer, x = fb.BayesConv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fb.explain(layer, x) == fb.explain(layer, x.bfloat16())

@@ -188,11 +188,13 @@ void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad
   run_wgrad(call, methods<T>(call, method), w, grads);
 }
 
-// Images of few channels: a task of wgrad then has all of them, so that each gradient is made once.
+// Images of few channels: a task of wgrad then has all of them, so that each gradient is made once. A row of
+// gradients has to fit into L2.
 bool reads_output_gradient(const ConvCall& call, Algorithm method, const ConvBackward& back) {
-  constexpr int64_t kMostChannels = 4;
+  constexpr int64_t kMostChannels = 4, kMostElements = int64_t{1} << 17;
   return method == Algorithm::kDirect && back.wants_weight && !back.wants_input && call.signs.input == nullptr &&
-         call.shape.groups == 1 && call.shape.C <= kMostChannels && !reads_bf16_gradient(call, method);
+         call.shape.groups == 1 && call.shape.C <= kMostChannels &&
+         call.shape.Q * call.shape.K <= kMostElements && !reads_bf16_gradient(call, method);
 }
 
 template <typename T>

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -72,6 +73,15 @@ class BayesConvNd(BayesLayer, _ConvNd):
             device,
             dtype,
         )
+
+    def _explained(self, input: Tensor, draws: int, transposed: bool = False) -> Tensor:
+        """For ``fastbconv.explain``: the weight, once the input of a call has been checked."""
+        weight = self.weight.to("meta") if input.is_meta else self.weight
+        image, _ = _arguments.batched_image(input, draws, rank=self.rank)
+        _arguments.conv_tensors(image, weight, None, None, None, self.groups, self.rank, transposed)
+        _arguments.dtypes(image, "weight", weight)
+        _arguments.rows(image, draws)
+        return weight
 
     def extra_repr(self) -> str:
         """The arguments that are not at their default."""

@@ -115,17 +115,19 @@ class _BayesConv(BayesConvNd):
         """What is convolved, and with which zeros around it."""
         if self.padding_mode == "zeros":
             return input, self.padding
-        return self._pad(input), 0
+        return self._pad(_arguments.tensor("input", input)), 0
 
-    def _convolution_of(self, input: Tensor) -> tuple[Any, ...] | None:
+    def _convolution_of(self, input: Tensor, draws: int) -> tuple[Any, ...] | None:
         """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
+        weight = self._explained(input, draws)
+        input, padding = self._padded(input)
+        self._check_size(input, padding)
+        geometry = (self.stride, padding, self.dilation)
         if self.rank == 3:
             return None
-        input, padding = self._padded(input)
-        geometry = (self.stride, padding, self.dilation)
         if self.rank == 2:
-            return input, self.weight, *geometry, self.groups, self.estimator
-        input, weight, of_plane = as_plane(input, self.weight, *geometry)
+            return input, weight, *geometry, self.groups, self.estimator
+        input, weight, of_plane = as_plane(input, weight, *geometry)
         return input, weight, *of_plane.values(), self.groups, self.estimator
 
     def _check_size(self, input: Tensor, padding: _arguments.PaddingLike) -> None:

@@ -164,8 +164,9 @@ class BayesConvTranspose2d(BayesConvNd, nn.ConvTranspose2d):
             dilation=self.dilation,
         )
 
-    def _convolution_of(self, input: Tensor) -> None:
+    def _convolution_of(self, input: Tensor, draws: int) -> None:
         """For ``fastbconv.explain``: PyTorch's convolution computes every call."""
+        self._explained(input, draws, transposed=True)
 
     def _padding_to(self, input: Tensor, output_size: tuple[int, ...]) -> tuple[int, ...]:
         """The output padding that gives an output of this size."""

@@ -104,11 +104,14 @@ class BayesLinear(BayesLayer, nn.Linear):
                 return output
         return self._call(functional.bayes_linear, input, seed, generator, num_samples, share_input)
 
-    def _convolution_of(self, input: Tensor) -> tuple[Any, ...]:
+    def _convolution_of(self, input: Tensor, draws: int) -> tuple[Any, ...]:
         """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
-        _arguments.linear_tensors(input, self.weight, None, None, None)
+        weight = self.weight.to("meta") if input.is_meta else self.weight
+        _arguments.linear_tensors(input, weight, None, None, None)
+        if input.ndim > 1:
+            _arguments.rows(input, draws)
         image = input.reshape(-1, self.in_features, 1, 1)
-        return image, as_filter(self.weight), 1, 0, 1, 1, self.estimator
+        return image, as_filter(weight), 1, 0, 1, 1, self.estimator
 
     def extra_repr(self) -> str:
         """The arguments that are not at their default."""

@@ -157,11 +157,11 @@ class VariationalConv(VariationalLayer):
             **options,
         )
 
-    def _convolution_of(self, inputs: Tensor) -> tuple[Any, ...] | None:
+    def _convolution_of(self, inputs: Tensor, draws: int) -> tuple[Any, ...] | None:
         """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
+        image = self._to_operators(self._checked_input(inputs))
         if self.rank == 3:
             return None
-        image = self._to_operators(self._checked_input(inputs))
         shape = (self.filters, image.shape[1], *self.kernel_size)
         weight = image.new_empty(shape, dtype=torch.promote_types(self._dtype, torch.float32))
         geometry = (self.strides, self.padding, self.dilation_rate)

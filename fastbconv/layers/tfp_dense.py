@@ -84,7 +84,7 @@ class VariationalDense(VariationalLayer):
     ) -> Any:
         return functional.bayes_linear(inputs, weight, rho, *bias, **options)
 
-    def _convolution_of(self, inputs: Tensor) -> tuple[Any, ...]:
+    def _convolution_of(self, inputs: Tensor, draws: int) -> tuple[Any, ...]:
         """For ``fastbconv.explain``: the arguments of the convolution behind a call."""
         inputs = self._checked_input(inputs)
         image = inputs.reshape(-1, inputs.shape[-1], 1, 1)
