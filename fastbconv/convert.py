@@ -218,10 +218,11 @@ def _check_parameters(name: str, module: nn.Module) -> None:
     check_initialised(name, module)
     computed = [part for part in ("weight", "bias") if part not in module._parameters]
     if computed or parametrize.is_parametrized(module):
+        verb = "is" if len(computed) == 1 else "are"
         raise ValueError(
             f"model: expected parameters, got {shown(name)} ({type(module).__name__}), whose "
-            f"{' and '.join(computed) or 'tensors'} are computed from others; make them permanent "
-            "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove, "
+            f"{' and '.join(computed) or 'tensors'} {verb} computed from others; make them "
+            "permanent (torch.nn.utils.parametrize.remove_parametrizations, prune.remove, "
             "remove_weight_norm, remove_spectral_norm) or name the layer in exclude"
         )
 

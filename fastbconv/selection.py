@@ -336,9 +336,12 @@ def _composed(device: torch.device | str) -> Candidates:
         return _reference()
     _check_cuda(on_cuda)
     only = "for one and two dimensions, not transposed"
+    composed = "our draws, PyTorch's convolution"
+    if torch.are_deterministic_algorithms_enabled() and not on_cuda:
+        composed += "; refused by name, as its bits depend on the number of threads"
     rows = Candidates()
     for direction in _DIRECTIONS:
-        rows.append(Candidate(direction, "library", True, True, "our draws, PyTorch's convolution"))
+        rows.append(Candidate(direction, "library", True, True, composed))
         for name in ("direct", "winograd2", "winograd4"):
             rows.append(Candidate(direction, name, False, False, only))
     return rows

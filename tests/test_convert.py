@@ -343,9 +343,9 @@ def _pruned() -> nn.Module:
     ("make", "message"),
     [
         (_lazy, r"expected initialised .* '1' \(LazyLinear\).* call fastbconv.build"),
-        (_parametrized, r"'1' \(ParametrizedLinear\), whose weight are computed .*remove_param"),
-        (_old_weight_norm, r"'1' \(Linear\), whose weight are computed .*remove_spectral_norm"),
-        (_pruned, r"'1' \(Linear\), whose weight are computed from others; .*prune.remove"),
+        (_parametrized, r"'1' \(ParametrizedLinear\), whose weight is computed .*remove_param"),
+        (_old_weight_norm, r"'1' \(Linear\), whose weight is computed .*remove_spectral_norm"),
+        (_pruned, r"'1' \(Linear\), whose weight is computed from others; .*prune.remove"),
     ],
 )
 def test_weights_that_are_no_parameters_are_refused(make: Callable, message: str) -> None:

@@ -184,6 +184,8 @@ def test_explain_says_what_is_composed(layer: torch.nn.Module, shape, monkeypatc
     assert all(row.available == row.chosen and row.reason for row in rows)
     with fb.algorithm("direct"), pytest.raises(NotImplementedError):
         layer(torch.randn(shape))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert "refused by name" in fb.explain(layer, torch.randn(shape))[0].reason
     monkeypatch.setattr(fb.ops, "available", lambda: False)
     assert {row.algorithm for row in fb.explain(layer, torch.randn(shape))} == {"reference"}
 
