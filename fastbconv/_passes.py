@@ -3,8 +3,8 @@
 Note [Sharing is proved]. One pass for many functions, or over a part of the rows, gives what the
 model gives only where it treats the rows of its input alike. No model says so: rows may be another
 axis (``nn.LSTM``), two halves of a batch may belong together, a layer may be given something else
-than the batch. So ``predict`` tries: the first pass that several functions share has to return for the
-last but one of them what a pass of that one alone returns, and two rows have to give what each
+than the batch. So ``predict`` tries: the first pass that several functions share has to return for
+the last but one of them what a pass of that one alone returns, and two rows have to give what each
 gives alone. Where they do not, functions get a pass each, and all rows of a tensor stay together.
 Not the first or the last function, because a model that reads but the last of its rows, or takes
 the last as a reference, gives the last function alone its due; nor the one in the middle, which a
