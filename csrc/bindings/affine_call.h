@@ -17,11 +17,9 @@ struct AffineOutputs {
 };
 
 // (rows, channels, height, width) in NHWC memory and the parameters' dtype.
-inline at::Tensor empty_nhwc(const ConvCall& call, int64_t rows, int64_t height, int64_t width,
-                             int64_t channels) {
-  const at::Tensor dense =
-      advised(at::empty({rows, height, width, channels},
-                        call.weight.loc->options().memory_format(at::MemoryFormat::Contiguous)));
+inline at::Tensor empty_nhwc(const ConvCall& call, int64_t rows, int64_t height, int64_t width, int64_t channels) {
+  const at::Tensor dense = advised(at::empty({rows, height, width, channels},
+                                             call.weight.loc->options().memory_format(at::MemoryFormat::Contiguous)));
   return dense.permute({0, 3, 1, 2});
 }
 

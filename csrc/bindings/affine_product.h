@@ -43,11 +43,10 @@ Algorithm method_of(const ConvCall& call, Direction direction) {
   problem.dtype = own_dtype<T>();
   const auto requested = static_cast<Algorithm>(call.options.algorithm);
   const Choice choice = select_algorithm(problem, direction, requested);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      choice.reason == nullptr && requested != Algorithm::kLibrary,
-      "algorithm: expected one that can compute the ", direction_name(direction),
-      " of this convolution, got '", choice.name,
-      "': ", choice.reason != nullptr ? choice.reason : "the operator has no library provider");
+  TORCH_CHECK_NOT_IMPLEMENTED(choice.reason == nullptr && requested != Algorithm::kLibrary,
+                              "algorithm: expected one that can compute the ", direction_name(direction),
+                              " of this convolution, got '", choice.name,
+                              "': ", choice.reason != nullptr ? choice.reason : "the operator has no library provider");
   return choice.algorithm == Algorithm::kLibrary ? Algorithm::kDirect : choice.algorithm;
 }
 
@@ -90,8 +89,7 @@ inline AffineShape affine_shape(const ConvCall& call, int64_t P, int64_t Q, int6
 // ---- the products -------------------------------------------------------------------------------
 
 template <typename T>
-at::Tensor run_fprop(const ConvCall& call, const Product<T>& product, const at::Tensor& input,
-                     double* kl) {
+at::Tensor run_fprop(const ConvCall& call, const Product<T>& product, const at::Tensor& input, double* kl) {
   const ConvShape& s = product.shape;
   const at::Tensor out = empty_nhwc(call, s.output_rows(), s.P, s.Q, s.K);
   const Image source = image_of(input);
@@ -173,22 +171,19 @@ void combine_input_grad(const ConvCall& call, const at::Tensor& by_mean, const a
   p.input_stride = input.stride;
   p.grad_input = grad_input.mutable_data_ptr();
   p.grad_input_stride = image_strides(grad_input);
-  at::parallel_for(0, s.N * s.H, 1, [&](int64_t begin, int64_t end) {
-    kernels<T>().affine.input_grad(p, begin, end);
-  });
+  at::parallel_for(0, s.N * s.H, 1, [&](int64_t begin, int64_t end) { kernels<T>().affine.input_grad(p, begin, end); });
 }
 
 // Both products of a weight's gradient.
 template <typename T>
-void run_wgrads(const Product<T>& mean, const Product<T>& second, const at::Tensor& input,
-                const Operands& operands, const PosteriorGrads<T>& grads) {
+void run_wgrads(const Product<T>& mean, const Product<T>& second, const at::Tensor& input, const Operands& operands,
+                const PosteriorGrads<T>& grads) {
   if (grads.grad_loc != nullptr) {
     PosteriorGrads<T> by_loc = grads;
     by_loc.grad_rho = by_loc.grad_prior_loc = by_loc.grad_prior_scale = nullptr;
     run_wgrad(mean, input, operands.grad_mean, by_loc);
   }
-  if (grads.grad_rho != nullptr || grads.grad_prior_loc != nullptr ||
-      grads.grad_prior_scale != nullptr) {
+  if (grads.grad_rho != nullptr || grads.grad_prior_loc != nullptr || grads.grad_prior_scale != nullptr) {
     PosteriorGrads<T> rest = grads;
     rest.grad_loc = nullptr;
     run_wgrad(second, operands.second_input, operands.grad_second, rest);
@@ -197,9 +192,8 @@ void run_wgrads(const Product<T>& mean, const Product<T>& second, const at::Tens
 
 // Both products of the input's gradient, and what makes one of them.
 template <typename T>
-void run_dgrads(const ConvCall& call, Product<T> mean, const Product<T>& second,
-                const Operands& operands, const at::Tensor& sign_input,
-                const at::Tensor& grad_input) {
+void run_dgrads(const ConvCall& call, Product<T> mean, const Product<T>& second, const Operands& operands,
+                const at::Tensor& sign_input, const at::Tensor& grad_input) {
   mean.posterior = at_loc(mean.posterior);
   const at::Tensor by_mean = run_dgrad(call, mean, operands.grad_mean);
   const at::Tensor by_second = run_dgrad(call, second, operands.grad_second);
@@ -208,8 +202,7 @@ void run_dgrads(const ConvCall& call, Product<T> mean, const Product<T>& second,
 
 // What the last pass of a forward needs of the call; the caller adds the products.
 template <typename T>
-AffineForwardParams forward_params(const ConvCall& call, const at::Tensor& bias,
-                                   AffineOutputs* out) {
+AffineForwardParams forward_params(const ConvCall& call, const at::Tensor& bias, AffineOutputs* out) {
   const ConvShape& s = call.shape;
   AffineForwardParams p = {};
   p.shape = affine_shape(call, s.P, s.Q, s.K);

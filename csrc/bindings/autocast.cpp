@@ -19,9 +19,8 @@ struct CastInput;
 template <const char* name, typename Result, typename... Rest>
 struct CastInput<name, Result(const at::Tensor&, Rest...)> {
   static Result call(const at::Tensor& input, Rest... rest) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow(name, "")
-                               .template typed<Result(const at::Tensor&, Rest...)>();
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Result(const at::Tensor&, Rest...)>();
     const at::DeviceType device = input.device().type();
     c10::impl::ExcludeDispatchKeyGuard no_autocast(
         c10::DispatchKeySet{c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});

@@ -22,27 +22,20 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-inline at::Tensor or_undefined(const OptionalTensor& tensor) {
-  return tensor.has_value() ? *tensor : at::Tensor();
-}
+inline at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : at::Tensor(); }
 inline OptionalTensor or_nullopt(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-inline bool has_tangent(const at::Tensor& tensor) {
-  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
-}
-inline bool has_tangent(const OptionalTensor& tensor) {
-  return tensor.has_value() && has_tangent(*tensor);
-}
+inline bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
+inline bool has_tangent(const OptionalTensor& tensor) { return tensor.has_value() && has_tangent(*tensor); }
 
 // Without this check forward mode would go on with zeros.
 template <typename... Tensors>
 void refuse_forward_mode(const char* op, const Tensors&... tensors) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !(has_tangent(tensors) || ...), op,
-      ": expected reverse-mode differentiation, got a dual tensor; forward-mode "
-      "derivatives are not implemented, use torch.autograd.grad or torch.func.grad");
+  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(tensors) || ...), op,
+                              ": expected reverse-mode differentiation, got a dual tensor; forward-mode "
+                              "derivatives are not implemented, use torch.autograd.grad or torch.func.grad");
 }
 
 // An operator's result in another shape. No view as autograd sees it, for FSDP2 warns of modules that return
@@ -55,12 +48,8 @@ inline at::Tensor reshaped(const at::Tensor& output, at::IntArrayRef shape) {
   return result;
 }
 
-inline bool wants_grad(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.requires_grad();
-}
-inline bool wants_grad(const OptionalTensor& tensor) {
-  return tensor.has_value() && wants_grad(*tensor);
-}
+inline bool wants_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+inline bool wants_grad(const OptionalTensor& tensor) { return tensor.has_value() && wants_grad(*tensor); }
 template <typename... Tensors>
 bool records_graph(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (wants_grad(tensors) || ...);
@@ -81,8 +70,6 @@ std::array<bool, kCount> output_mask(AutogradContext* ctx, const std::vector<boo
   return mask;
 }
 
-inline at::Tensor if_wanted(bool wanted, const at::Tensor& grad) {
-  return wanted ? grad : at::Tensor();
-}
+inline at::Tensor if_wanted(bool wanted, const at::Tensor& grad) { return wanted ? grad : at::Tensor(); }
 
 }  // namespace fbc

@@ -17,54 +17,46 @@ struct AffineExtras {
   at::Tensor *pre_activation, *deviation;
 };
 
-Tensors4 call_affine(const at::Tensor& input, const at::Tensor& weight_loc,
-                     const at::Tensor& weight_rho, const OptionalTensor& bias_loc,
-                     const OptionalTensor& bias_rho, const at::Tensor& seed,
+Tensors4 call_affine(const at::Tensor& input, const at::Tensor& weight_loc, const at::Tensor& weight_rho,
+                     const OptionalTensor& bias_loc, const OptionalTensor& bias_rho, const at::Tensor& seed,
                      const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                     const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale,
-                     const ConvOptions& o, bool save_pre_activation) {
+                     const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale, const ConvOptions& o,
+                     bool save_pre_activation) {
   static const auto op = find_op<Bconv2dAffineSignature>("fastbconv::bconv2d_affine");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc, prior_scale,
-                 bias_prior_loc, bias_prior_scale, o.estimator, o.prior, o.weight_kl, o.bias_kl,
-                 o.scale_floor, o.stride, o.padding, o.dilation, o.groups, o.activation,
-                 o.activation_param, o.num_samples, o.share_input, o.offset_add, o.element_offset,
-                 o.row_offset, o.algorithm, save_pre_activation);
+  return op.call(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc, prior_scale, bias_prior_loc,
+                 bias_prior_scale, o.estimator, o.prior, o.weight_kl, o.bias_kl, o.scale_floor, o.stride, o.padding,
+                 o.dilation, o.groups, o.activation, o.activation_param, o.num_samples, o.share_input, o.offset_add,
+                 o.element_offset, o.row_offset, o.algorithm, save_pre_activation);
 }
 
-Tensors9 call_affine_backward(const variable_list& kept, const at::Tensor& grad_output,
-                              const at::Tensor& grad_kl, const ConvOptions& o,
-                              const std::array<bool, 9>& mask) {
-  static const auto op =
-      find_op<Bconv2dAffineBackwardSignature>("fastbconv::bconv2d_affine_backward");
-  return op.call(grad_output, or_nullopt(grad_kl), kept[kInput], or_nullopt(kept[kSaved]),
-                 or_nullopt(kept[kDeviation]), kept[kWeightLoc], kept[kWeightRho],
-                 or_nullopt(kept[kBiasLoc]), or_nullopt(kept[kBiasRho]), kept[kSeed],
-                 or_nullopt(kept[kPriorLoc]), or_nullopt(kept[kPriorScale]),
-                 or_nullopt(kept[kBiasPriorLoc]), or_nullopt(kept[kBiasPriorScale]), o.estimator,
-                 o.prior, o.weight_kl, o.bias_kl, o.scale_floor, o.stride, o.padding, o.dilation,
-                 o.groups, o.activation, o.activation_param, o.num_samples, o.share_input,
-                 o.offset_add, o.element_offset, o.row_offset, o.algorithm, mask);
+Tensors9 call_affine_backward(const variable_list& kept, const at::Tensor& grad_output, const at::Tensor& grad_kl,
+                              const ConvOptions& o, const std::array<bool, 9>& mask) {
+  static const auto op = find_op<Bconv2dAffineBackwardSignature>("fastbconv::bconv2d_affine_backward");
+  return op.call(grad_output, or_nullopt(grad_kl), kept[kInput], or_nullopt(kept[kSaved]), or_nullopt(kept[kDeviation]),
+                 kept[kWeightLoc], kept[kWeightRho], or_nullopt(kept[kBiasLoc]), or_nullopt(kept[kBiasRho]),
+                 kept[kSeed], or_nullopt(kept[kPriorLoc]), or_nullopt(kept[kPriorScale]),
+                 or_nullopt(kept[kBiasPriorLoc]), or_nullopt(kept[kBiasPriorScale]), o.estimator, o.prior, o.weight_kl,
+                 o.bias_kl, o.scale_floor, o.stride, o.padding, o.dilation, o.groups, o.activation, o.activation_param,
+                 o.num_samples, o.share_input, o.offset_add, o.element_offset, o.row_offset, o.algorithm, mask);
 }
 
 class AffineFunction : public torch::autograd::Function<AffineFunction> {
  public:
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input,
-                               const at::Tensor& weight_loc, const OptionalTensor& weight_rho,
-                               const OptionalTensor& bias_loc, const OptionalTensor& bias_rho,
-                               const at::Tensor& seed, const OptionalTensor& prior_loc,
-                               const OptionalTensor& prior_scale,
-                               const OptionalTensor& bias_prior_loc,
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight_loc,
+                               const OptionalTensor& weight_rho, const OptionalTensor& bias_loc,
+                               const OptionalTensor& bias_rho, const at::Tensor& seed, const OptionalTensor& prior_loc,
+                               const OptionalTensor& prior_scale, const OptionalTensor& bias_prior_loc,
                                const OptionalTensor& bias_prior_scale, const AffineExtras& extras) {
     const auto activation = static_cast<Activation>(extras.options.activation);
     const bool needs_pre = needs_pre_activation(activation);
-    auto [output, kl, pre_activation, deviation] = call_affine(
-        input, weight_loc, *weight_rho, bias_loc, bias_rho, seed, prior_loc, prior_scale,
-        bias_prior_loc, bias_prior_scale, extras.options, extras.save_pre_activation || needs_pre);
-    variable_list kept = kept_arguments(input, weight_loc, weight_rho, bias_loc, bias_rho, seed,
-                                        prior_loc, prior_scale, bias_prior_loc, bias_prior_scale);
+    auto [output, kl, pre_activation, deviation] =
+        call_affine(input, weight_loc, *weight_rho, bias_loc, bias_rho, seed, prior_loc, prior_scale, bias_prior_loc,
+                    bias_prior_scale, extras.options, extras.save_pre_activation || needs_pre);
+    variable_list kept = kept_arguments(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc, prior_scale,
+                                        bias_prior_loc, bias_prior_scale);
     if (activation != Activation::kLinear) kept[kSaved] = needs_pre ? pre_activation : output;
     if (deviation.dim() == 4) kept[kDeviation] = deviation;
     ctx->save_for_backward(std::move(kept));
@@ -83,44 +75,38 @@ class AffineFunction : public torch::autograd::Function<AffineFunction> {
         unpack(ctx->saved_data["doubles"].toDoubleVector(), ctx->saved_data["ints"].toIntVector());
     const auto mask = conv_output_mask(ctx, kept);
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(kNumArguments + 1);
-    const Tensors9 g = grads[0].defined()
-                           ? call_affine_backward(kept, grads[0], grads[1], options, mask)
-                           : call_kl_backward(kept, grads[1], options, mask);
+    const Tensors9 g = grads[0].defined() ? call_affine_backward(kept, grads[0], grads[1], options, mask)
+                                          : call_kl_backward(kept, grads[1], options, mask);
     return gradients_by_argument(g, mask);
   }
 };
 
-Tensors4 bconv2d_affine_autograd(const at::Tensor& input, const at::Tensor& weight_loc,
-                                 const at::Tensor& weight_rho, const OptionalTensor& bias_loc,
-                                 const OptionalTensor& bias_rho, const at::Tensor& seed,
+Tensors4 bconv2d_affine_autograd(const at::Tensor& input, const at::Tensor& weight_loc, const at::Tensor& weight_rho,
+                                 const OptionalTensor& bias_loc, const OptionalTensor& bias_rho, const at::Tensor& seed,
                                  const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                                 const OptionalTensor& bias_prior_loc,
-                                 const OptionalTensor& bias_prior_scale, int64_t estimator,
-                                 Doubles prior, bool weight_kl, bool bias_kl, double scale_floor,
-                                 at::IntArrayRef stride, at::IntArrayRef padding,
-                                 at::IntArrayRef dilation, int64_t groups, int64_t activation,
-                                 double activation_param, int64_t num_samples, bool share_input,
-                                 int64_t offset_add, at::IntArrayRef element_offset,
+                                 const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale,
+                                 int64_t estimator, Doubles prior, bool weight_kl, bool bias_kl, double scale_floor,
+                                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                 int64_t groups, int64_t activation, double activation_param, int64_t num_samples,
+                                 bool share_input, int64_t offset_add, at::IntArrayRef element_offset,
                                  int64_t row_offset, int64_t algorithm, bool save_pre_activation) {
-  refuse_forward_mode("fastbconv::bconv2d_affine", input, weight_loc, weight_rho, bias_loc,
-                      bias_rho, prior_loc, prior_scale, bias_prior_loc, bias_prior_scale);
+  refuse_forward_mode("fastbconv::bconv2d_affine", input, weight_loc, weight_rho, bias_loc, bias_rho, prior_loc,
+                      prior_scale, bias_prior_loc, bias_prior_scale);
   at::Tensor pre_activation, deviation;
-  AffineExtras extras = {conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding,
-                                      dilation, groups, activation, activation_param, num_samples,
-                                      share_input, offset_add, element_offset, algorithm),
-                         save_pre_activation, &pre_activation, &deviation};
+  AffineExtras extras = {
+      conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding, dilation, groups, activation,
+                   activation_param, num_samples, share_input, offset_add, element_offset, algorithm),
+      save_pre_activation, &pre_activation, &deviation};
   extras.options.estimator = estimator;
   extras.options.row_offset = row_offset;
-  if (!records_graph(input, weight_loc, weight_rho, bias_loc, bias_rho, prior_loc, prior_scale,
-                     bias_prior_loc, bias_prior_scale)) {
-    return call_affine(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc,
-                       prior_scale, bias_prior_loc, bias_prior_scale, extras.options,
-                       save_pre_activation);
+  if (!records_graph(input, weight_loc, weight_rho, bias_loc, bias_rho, prior_loc, prior_scale, bias_prior_loc,
+                     bias_prior_scale)) {
+    return call_affine(input, weight_loc, weight_rho, bias_loc, bias_rho, seed, prior_loc, prior_scale, bias_prior_loc,
+                       bias_prior_scale, extras.options, save_pre_activation);
   }
   const OptionalTensor rho = weight_rho;
-  const variable_list out =
-      AffineFunction::apply(input, weight_loc, rho, bias_loc, bias_rho, seed, prior_loc,
-                            prior_scale, bias_prior_loc, bias_prior_scale, extras);
+  const variable_list out = AffineFunction::apply(input, weight_loc, rho, bias_loc, bias_rho, seed, prior_loc,
+                                                  prior_scale, bias_prior_loc, bias_prior_scale, extras);
   return {out[0], out[1], pre_activation, deviation};
 }
 

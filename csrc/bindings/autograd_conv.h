@@ -25,20 +25,18 @@ enum Argument : size_t {
   kDeviation = kKeptWeight,  // bconv2d_affine
   kNumKept,
 };
-constexpr std::array<size_t, 9> kDifferentiable = {kInput,      kWeightLoc,    kWeightRho,
-                                                   kBiasLoc,    kBiasRho,      kPriorLoc,
-                                                   kPriorScale, kBiasPriorLoc, kBiasPriorScale};
+constexpr std::array<size_t, 9> kDifferentiable = {kInput,    kWeightLoc,  kWeightRho,    kBiasLoc,       kBiasRho,
+                                                   kPriorLoc, kPriorScale, kBiasPriorLoc, kBiasPriorScale};
 
 // The options as two flat lists: autograd's saved_data holds no structs.
 inline std::vector<double> pack_doubles(const ConvOptions& o) {
   return {o.prior[0], o.prior[1], o.prior[2], o.prior[3], o.scale_floor, o.activation_param};
 }
 inline std::vector<int64_t> pack_ints(const ConvOptions& o) {
-  return {o.weight_kl,         o.bias_kl,     o.stride[0],  o.stride[1],
-          o.padding[0],        o.padding[1],  o.padding[2], o.padding[3],
-          o.dilation[0],       o.dilation[1], o.groups,     o.activation,
-          o.num_samples,       o.share_input, o.offset_add, o.element_offset[0],
-          o.element_offset[1], o.algorithm,   o.estimator,  o.row_offset};
+  return {
+      o.weight_kl,  o.bias_kl,           o.stride[0],         o.stride[1], o.padding[0], o.padding[1],  o.padding[2],
+      o.padding[3], o.dilation[0],       o.dilation[1],       o.groups,    o.activation, o.num_samples, o.share_input,
+      o.offset_add, o.element_offset[0], o.element_offset[1], o.algorithm, o.estimator,  o.row_offset};
 }
 inline ConvOptions unpack(const std::vector<double>& d, const std::vector<int64_t>& i) {
   ConvOptions o = {};
@@ -63,36 +61,33 @@ inline ConvOptions unpack(const std::vector<double>& d, const std::vector<int64_
 }
 
 // Only the KL was used: no pixel is touched. grads in the order loc, rho, prior_loc, prior_scale.
-inline Tensors4 kl_backward(const variable_list& kept, bool with_kl, size_t loc, size_t rho,
-                            size_t prior_loc, size_t prior_scale, const at::Tensor& grad_kl,
-                            Doubles prior, double scale_floor, std::array<bool, 4> mask) {
+inline Tensors4 kl_backward(const variable_list& kept, bool with_kl, size_t loc, size_t rho, size_t prior_loc,
+                            size_t prior_scale, const at::Tensor& grad_kl, Doubles prior, double scale_floor,
+                            std::array<bool, 4> mask) {
   static const auto op = find_op<KlNormalBackwardSignature>("fastbconv::kl_normal_backward");
   const bool any = mask[0] || mask[1] || mask[2] || mask[3];
   if (!with_kl || !any || !kept[rho].defined()) return {};
-  return op.call(grad_kl, kept[loc], kept[rho], or_nullopt(kept[prior_loc]),
-                 or_nullopt(kept[prior_scale]), prior, scale_floor, mask);
+  return op.call(grad_kl, kept[loc], kept[rho], or_nullopt(kept[prior_loc]), or_nullopt(kept[prior_scale]), prior,
+                 scale_floor, mask);
 }
 
-inline Tensors9 call_kl_backward(const variable_list& kept, const at::Tensor& grad_kl,
-                                 const ConvOptions& o, const std::array<bool, 9>& mask) {
+inline Tensors9 call_kl_backward(const variable_list& kept, const at::Tensor& grad_kl, const ConvOptions& o,
+                                 const std::array<bool, 9>& mask) {
   const Doubles prior = o.prior;
   const auto [w_loc, w_rho, w_prior_loc, w_prior_scale] =
-      kl_backward(kept, o.weight_kl, kWeightLoc, kWeightRho, kPriorLoc, kPriorScale, grad_kl,
-                  prior.slice(0, 2), o.scale_floor, {mask[1], mask[2], mask[5], mask[6]});
+      kl_backward(kept, o.weight_kl, kWeightLoc, kWeightRho, kPriorLoc, kPriorScale, grad_kl, prior.slice(0, 2),
+                  o.scale_floor, {mask[1], mask[2], mask[5], mask[6]});
   const auto [b_loc, b_rho, b_prior_loc, b_prior_scale] =
-      kl_backward(kept, o.bias_kl, kBiasLoc, kBiasRho, kBiasPriorLoc, kBiasPriorScale, grad_kl,
-                  prior.slice(2, 2), o.scale_floor, {mask[3], mask[4], mask[7], mask[8]});
-  return {at::Tensor(), w_loc,         w_rho,       b_loc,        b_rho,
-          w_prior_loc,  w_prior_scale, b_prior_loc, b_prior_scale};
+      kl_backward(kept, o.bias_kl, kBiasLoc, kBiasRho, kBiasPriorLoc, kBiasPriorScale, grad_kl, prior.slice(2, 2),
+                  o.scale_floor, {mask[3], mask[4], mask[7], mask[8]});
+  return {at::Tensor(), w_loc, w_rho, b_loc, b_rho, w_prior_loc, w_prior_scale, b_prior_loc, b_prior_scale};
 }
 
 inline variable_list kept_arguments(const at::Tensor& input, const at::Tensor& weight_loc,
-                                    const OptionalTensor& weight_rho,
-                                    const OptionalTensor& bias_loc, const OptionalTensor& bias_rho,
-                                    const at::Tensor& seed, const OptionalTensor& prior_loc,
-                                    const OptionalTensor& prior_scale,
-                                    const OptionalTensor& bias_prior_loc,
-                                    const OptionalTensor& bias_prior_scale) {
+                                    const OptionalTensor& weight_rho, const OptionalTensor& bias_loc,
+                                    const OptionalTensor& bias_rho, const at::Tensor& seed,
+                                    const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+                                    const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale) {
   variable_list kept(kNumKept);
   kept[kInput] = input;
   kept[kWeightLoc] = weight_loc;

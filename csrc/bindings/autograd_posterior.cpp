@@ -14,29 +14,24 @@ class SamplePosteriorFunction : public torch::autograd::Function<SamplePosterior
  public:
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& loc,
-                               const OptionalTensor& rho, const at::Tensor& seed,
-                               const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                               Doubles prior, bool with_kl, double scale_floor, int64_t stream,
-                               int64_t num_samples, int64_t offset_add, int64_t element_offset,
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& loc, const OptionalTensor& rho,
+                               const at::Tensor& seed, const OptionalTensor& prior_loc,
+                               const OptionalTensor& prior_scale, Doubles prior, bool with_kl, double scale_floor,
+                               int64_t stream, int64_t num_samples, int64_t offset_add, int64_t element_offset,
                                std::optional<at::ScalarType> dtype) {
     static const auto op = find_op<SamplePosteriorSignature>("fastbconv::sample_posterior");
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [sample, kl] =
-        op.call(loc, rho, seed, prior_loc, prior_scale, prior, with_kl, scale_floor, stream,
-                num_samples, offset_add, element_offset, dtype);
-    ctx->save_for_backward(
-        {loc, or_undefined(rho), seed, or_undefined(prior_loc), or_undefined(prior_scale)});
+    const auto [sample, kl] = op.call(loc, rho, seed, prior_loc, prior_scale, prior, with_kl, scale_floor, stream,
+                                      num_samples, offset_add, element_offset, dtype);
+    ctx->save_for_backward({loc, or_undefined(rho), seed, or_undefined(prior_loc), or_undefined(prior_scale)});
     ctx->saved_data["doubles"] = std::vector<double>{prior[0], prior[1], scale_floor};
-    ctx->saved_data["ints"] =
-        std::vector<int64_t>{with_kl, stream, num_samples, offset_add, element_offset};
+    ctx->saved_data["ints"] = std::vector<int64_t>{with_kl, stream, num_samples, offset_add, element_offset};
     ctx->set_materialize_grads(false);
     return {sample, kl};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op =
-        find_op<SamplePosteriorBackwardSignature>("fastbconv::sample_posterior_backward");
+    static const auto op = find_op<SamplePosteriorBackwardSignature>("fastbconv::sample_posterior_backward");
     constexpr size_t kForwardArguments = 13;
     const variable_list kept = ctx->get_saved_variables();
     std::vector<bool> defined;
@@ -47,9 +42,9 @@ class SamplePosteriorFunction : public torch::autograd::Function<SamplePosterior
     const at::Tensor grad_kl = i[0] != 0 ? grads[1] : at::Tensor();
     variable_list out(kForwardArguments);
     if (!grads[0].defined() && !grad_kl.defined()) return out;
-    const auto g = op.call(or_nullopt(grads[0]), or_nullopt(grad_kl), kept[0], or_nullopt(kept[1]),
-                           kept[2], or_nullopt(kept[3]), or_nullopt(kept[4]),
-                           Doubles(d).slice(0, 2), d[2], i[1], i[2], i[3], i[4], mask);
+    const auto g =
+        op.call(or_nullopt(grads[0]), or_nullopt(grad_kl), kept[0], or_nullopt(kept[1]), kept[2], or_nullopt(kept[3]),
+                or_nullopt(kept[4]), Doubles(d).slice(0, 2), d[2], i[1], i[2], i[3], i[4], mask);
     out[0] = if_wanted(mask[0], std::get<0>(g));
     out[1] = if_wanted(mask[1], std::get<1>(g));
     out[3] = if_wanted(mask[2], std::get<2>(g));
@@ -58,17 +53,14 @@ class SamplePosteriorFunction : public torch::autograd::Function<SamplePosterior
   }
 };
 
-Tensors2 sample_posterior_autograd(const at::Tensor& loc, const OptionalTensor& rho,
-                                   const at::Tensor& seed, const OptionalTensor& prior_loc,
-                                   const OptionalTensor& prior_scale, Doubles prior, bool with_kl,
-                                   double scale_floor, int64_t stream, int64_t num_samples,
-                                   int64_t offset_add, int64_t element_offset,
-                                   std::optional<at::ScalarType> dtype) {
+Tensors2 sample_posterior_autograd(const at::Tensor& loc, const OptionalTensor& rho, const at::Tensor& seed,
+                                   const OptionalTensor& prior_loc, const OptionalTensor& prior_scale, Doubles prior,
+                                   bool with_kl, double scale_floor, int64_t stream, int64_t num_samples,
+                                   int64_t offset_add, int64_t element_offset, std::optional<at::ScalarType> dtype) {
   refuse_forward_mode("fastbconv::sample_posterior", loc, rho, prior_loc, prior_scale);
   expect_length("prior", 2, prior.size());
-  const auto out = SamplePosteriorFunction::apply(loc, rho, seed, prior_loc, prior_scale, prior,
-                                                  with_kl, scale_floor, stream, num_samples,
-                                                  offset_add, element_offset, dtype);
+  const auto out = SamplePosteriorFunction::apply(loc, rho, seed, prior_loc, prior_scale, prior, with_kl, scale_floor,
+                                                  stream, num_samples, offset_add, element_offset, dtype);
   return {out[0], out[1]};
 }
 
@@ -77,8 +69,8 @@ class KlNormalFunction : public torch::autograd::Function<KlNormalFunction> {
   static constexpr bool is_traceable = true;
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& loc, const at::Tensor& rho,
-                            const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                            Doubles prior, double scale_floor) {
+                            const OptionalTensor& prior_loc, const OptionalTensor& prior_scale, Doubles prior,
+                            double scale_floor) {
     static const auto op = find_op<KlNormalSignature>("fastbconv::kl_normal");
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({loc, rho, or_undefined(prior_loc), or_undefined(prior_scale)});
@@ -97,8 +89,8 @@ class KlNormalFunction : public torch::autograd::Function<KlNormalFunction> {
     for (const auto& tensor : kept) defined.push_back(tensor.defined());
     const auto mask = output_mask<4>(ctx, defined, {0, 1, 2, 3});
     const auto d = ctx->saved_data["doubles"].toDoubleVector();
-    const auto g = op.call(grads[0], kept[0], kept[1], or_nullopt(kept[2]), or_nullopt(kept[3]),
-                           Doubles(d).slice(0, 2), d[2], mask);
+    const auto g = op.call(grads[0], kept[0], kept[1], or_nullopt(kept[2]), or_nullopt(kept[3]), Doubles(d).slice(0, 2),
+                           d[2], mask);
     out[0] = if_wanted(mask[0], std::get<0>(g));
     out[1] = if_wanted(mask[1], std::get<1>(g));
     out[2] = if_wanted(mask[2], std::get<2>(g));
@@ -107,9 +99,8 @@ class KlNormalFunction : public torch::autograd::Function<KlNormalFunction> {
   }
 };
 
-at::Tensor kl_normal_autograd(const at::Tensor& loc, const at::Tensor& rho,
-                              const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                              Doubles prior, double scale_floor) {
+at::Tensor kl_normal_autograd(const at::Tensor& loc, const at::Tensor& rho, const OptionalTensor& prior_loc,
+                              const OptionalTensor& prior_scale, Doubles prior, double scale_floor) {
   refuse_forward_mode("fastbconv::kl_normal", loc, rho, prior_loc, prior_scale);
   expect_length("prior", 2, prior.size());
   return KlNormalFunction::apply(loc, rho, prior_loc, prior_scale, prior, scale_floor);
@@ -179,12 +170,9 @@ TORCH_LIBRARY_IMPL(fastbconv, Autograd, m) {
   m.impl("sample_posterior", sample_posterior_autograd);
   m.impl("kl_normal", kl_normal_autograd);
   m.impl("bconv2d_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
-  m.impl("bconv2d_affine_backward",
-         torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
-  m.impl("sample_posterior_backward",
-         torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
-  m.impl("sample_posterior_list_backward",
-         torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
+  m.impl("bconv2d_affine_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
+  m.impl("sample_posterior_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
+  m.impl("sample_posterior_list_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
   m.impl("kl_normal_backward", torch::CppFunction::makeFromBoxedFunction<&backward_op_autograd>());
   m.impl("random_signs", torch::CppFunction::makeFallthrough());
   m.impl("standard_normal", torch::CppFunction::makeFallthrough());  // integers in, no derivative

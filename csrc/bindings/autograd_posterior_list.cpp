@@ -58,9 +58,8 @@ SampleListResult call_list(at::TensorList tensors, const at::Tensor& seed, const
   c10::List<bool> with_kl;
   for (const int64_t flag : call.with_kl) with_kl.push_back(flag != 0);
   return op.call(at::TensorList(all).slice(0, n), at::TensorList(all).slice(n, n), seed,
-                 optional_list(all.data() + 2 * n, n), optional_list(all.data() + 3 * n, n),
-                 call.prior, with_kl, call.scale_floor, call.stream, call.offset_add,
-                 call.element_offset, call.cast, call.dtype);
+                 optional_list(all.data() + 2 * n, n), optional_list(all.data() + 3 * n, n), call.prior, with_kl,
+                 call.scale_floor, call.stream, call.offset_add, call.element_offset, call.cast, call.dtype);
 }
 
 // The gradient by the KLs, zero where no KL was asked for; undefined where none was.
@@ -91,9 +90,8 @@ variable_list get_kept(AutogradContext* ctx) {
   const variable_list kept = ctx->saved_data["kept"].toTensorVector();
   const auto versions = ctx->saved_data["versions"].toIntVector();
   for (size_t i = 0; i < kept.size(); ++i) {
-    TORCH_CHECK(version_of(kept[i]) == versions[i],
-                "fastbconv::sample_posterior_list: expected a parameter of shape ", kept[i].sizes(),
-                " as it was when the weights were drawn, got one that has been ",
+    TORCH_CHECK(version_of(kept[i]) == versions[i], "fastbconv::sample_posterior_list: expected a parameter of shape ",
+                kept[i].sizes(), " as it was when the weights were drawn, got one that has been ",
                 "modified in place since (version ", version_of(kept[i]), ", then ", versions[i],
                 "); call backward() before the optimizer's step()");
   }
@@ -104,8 +102,8 @@ class SampleListFunction : public torch::autograd::Function<SampleListFunction> 
  public:
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const at::TensorList& tensors,
-                               const at::Tensor& seed, const ListCall& call) {
+  static variable_list forward(AutogradContext* ctx, const at::TensorList& tensors, const at::Tensor& seed,
+                               const ListCall& call) {
     auto [samples, kl] = call_list(tensors, seed, call);
     keep(ctx, tensors, seed);
     ctx->saved_data["prior"] = call.prior;
@@ -121,16 +119,14 @@ class SampleListFunction : public torch::autograd::Function<SampleListFunction> 
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op =
-        find_op<SampleListBackwardSignature>("fastbconv::sample_posterior_list_backward");
+    static const auto op = find_op<SampleListBackwardSignature>("fastbconv::sample_posterior_list_backward");
     const variable_list kept = get_kept(ctx);
     const auto present = ctx->saved_data["present"].toIntVector();
     const auto stream = ctx->saved_data["stream"].toIntVector();
     const auto element_offset = ctx->saved_data["element_offset"].toIntVector();
     const auto prior = ctx->saved_data["prior"].toDoubleVector();
     const size_t n = stream.size(), tensors = kept.size() - 1;
-    const at::Tensor grad_kl =
-        wanted_kl_gradient(grads[n], ctx->saved_data["with_kl"].toIntVector());
+    const at::Tensor grad_kl = wanted_kl_gradient(grads[n], ctx->saved_data["with_kl"].toIntVector());
     variable_list out(tensors + 2);  // then the seed and the options
     bool any = grad_kl.defined();
     for (size_t i = 0; i < n; ++i) any = any || grads[i].defined();
@@ -143,31 +139,27 @@ class SampleListFunction : public torch::autograd::Function<SampleListFunction> 
       mask.push_back(present[i] != 0 && ctx->needs_input_grad(edge++) && reached);
     }
     const variable_list all = spread(at::TensorList(kept).slice(0, tensors), present);
-    const auto g = op.call(
-        optional_list(grads.data(), n), or_nullopt(grad_kl), at::TensorList(all).slice(0, n),
-        at::TensorList(all).slice(n, n), kept.back(), optional_list(all.data() + 2 * n, n),
-        optional_list(all.data() + 3 * n, n), prior, ctx->saved_data["scale_floor"].toDouble(),
-        stream, ctx->saved_data["offset_add"].toInt(), element_offset, mask);
+    const auto g = op.call(optional_list(grads.data(), n), or_nullopt(grad_kl), at::TensorList(all).slice(0, n),
+                           at::TensorList(all).slice(n, n), kept.back(), optional_list(all.data() + 2 * n, n),
+                           optional_list(all.data() + 3 * n, n), prior, ctx->saved_data["scale_floor"].toDouble(),
+                           stream, ctx->saved_data["offset_add"].toInt(), element_offset, mask);
     for (size_t i = 0, next = 0; i < 4 * n; ++i)
       if (present[i] != 0) out[next++] = if_wanted(mask.get(i), g[i]);
     return out;
   }
 };
 
-SampleListResult sample_list_autograd(at::TensorList loc, at::TensorList rho,
-                                      const at::Tensor& seed, const OptionalTensors& prior_loc,
-                                      const OptionalTensors& prior_scale, Doubles prior,
-                                      c10::List<bool> with_kl, double scale_floor,
-                                      at::IntArrayRef stream, int64_t offset_add,
-                                      at::IntArrayRef element_offset, c10::List<bool> cast,
-                                      std::optional<at::ScalarType> dtype) {
+SampleListResult sample_list_autograd(at::TensorList loc, at::TensorList rho, const at::Tensor& seed,
+                                      const OptionalTensors& prior_loc, const OptionalTensors& prior_scale,
+                                      Doubles prior, c10::List<bool> with_kl, double scale_floor,
+                                      at::IntArrayRef stream, int64_t offset_add, at::IntArrayRef element_offset,
+                                      c10::List<bool> cast, std::optional<at::ScalarType> dtype) {
   const size_t n = loc.size();
   expect_length("rho", n, rho.size());
   expect_length("prior_loc", n, prior_loc.size());
   expect_length("prior_scale", n, prior_scale.size());
   expect_length("stream", n, stream.size());
-  ListCall call = {prior.vec(), scale_floor, stream.vec(), element_offset.vec(), {}, {},
-                   offset_add,  cast,        dtype};
+  ListCall call = {prior.vec(), scale_floor, stream.vec(), element_offset.vec(), {}, {}, offset_add, cast, dtype};
   for (size_t i = 0; i < with_kl.size(); ++i) call.with_kl.push_back(with_kl.get(i) ? 1 : 0);
   variable_list tensors;
   const auto append = [&](const OptionalTensor& tensor) {
@@ -194,8 +186,6 @@ SampleListResult sample_list_autograd(at::TensorList loc, at::TensorList rho,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastbconv, Autograd, m) {
-  m.impl("sample_posterior_list", sample_list_autograd);
-}
+TORCH_LIBRARY_IMPL(fastbconv, Autograd, m) { m.impl("sample_posterior_list", sample_list_autograd); }
 
 }  // namespace fbc

@@ -26,8 +26,8 @@ inline void expect_defined(const char* name, const at::Tensor& got) {
 }
 
 inline void expect_dim(const char* name, int64_t expected, const at::Tensor& got) {
-  TORCH_CHECK_VALUE(got.dim() == expected, name, ": expected ", expected, " dimensions, got ",
-                    got.dim(), " (shape ", got.sizes(), ")");
+  TORCH_CHECK_VALUE(got.dim() == expected, name, ": expected ", expected, " dimensions, got ", got.dim(), " (shape ",
+                    got.sizes(), ")");
 }
 
 inline void expect_shape(const char* name, at::IntArrayRef expected, at::IntArrayRef got) {
@@ -35,8 +35,7 @@ inline void expect_shape(const char* name, at::IntArrayRef expected, at::IntArra
 }
 
 inline void expect_dtype(const char* name, at::ScalarType expected, const at::Tensor& got) {
-  TORCH_CHECK_TYPE(got.scalar_type() == expected, name, ": expected dtype ", expected, ", got ",
-                   got.scalar_type());
+  TORCH_CHECK_TYPE(got.scalar_type() == expected, name, ": expected dtype ", expected, ", got ", got.scalar_type());
 }
 
 inline void expect_device(const char* name, at::Device expected, const at::Tensor& got) {
@@ -51,8 +50,8 @@ inline void expect_length(const char* name, size_t expected, size_t got) {
 // Upper bound 2^31 - 1: index arithmetic multiplies such values with extents and must not overflow.
 inline void expect_in_range(const char* name, int64_t least, int64_t got) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(got >= least && got <= kMost, name, ": expected a value of at least ", least,
-                    " and at most ", kMost, ", got ", got);
+  TORCH_CHECK_VALUE(got >= least && got <= kMost, name, ": expected a value of at least ", least, " and at most ",
+                    kMost, ", got ", got);
 }
 
 // Its values are not looked at: on a GPU they are the kernels' to read.
@@ -73,9 +72,8 @@ inline void expect_parameter(const char* name, const at::Tensor& got) {
 // What kernels read through a pointer: everything else would be taken for one of these.
 inline void expect_gradient_dtype(const char* name, const at::Tensor& got) {
   const at::ScalarType type = got.scalar_type();
-  TORCH_CHECK_TYPE(
-      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, name,
-      ": expected dtype float32, float64, bfloat16 or float16, got ", type);
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, name,
+                   ": expected dtype float32, float64, bfloat16 or float16, got ", type);
 }
 
 // A companion of a parameter: same shape, dtype and device.
@@ -94,10 +92,8 @@ inline void expect_broadcastable(const char* name, const at::Tensor& like, at::S
   expect_device(name, like.device(), *got);
   const int64_t missing = like.dim() - got->dim();
   bool fits = missing >= 0;
-  for (int64_t d = 0; fits && d < got->dim(); ++d)
-    fits = got->size(d) == 1 || got->size(d) == like.size(missing + d);
-  TORCH_CHECK_VALUE(fits, name, ": expected a shape that broadcasts to ", like.sizes(), ", got ",
-                    got->sizes());
+  for (int64_t d = 0; fits && d < got->dim(); ++d) fits = got->size(d) == 1 || got->size(d) == like.size(missing + d);
+  TORCH_CHECK_VALUE(fits, name, ": expected a shape that broadcasts to ", like.sizes(), ", got ", got->sizes());
 }
 
 }  // namespace fbc

@@ -37,8 +37,8 @@ struct ConvCall {
 
 // Pointers into the operator's arguments; null: absent.
 struct ConvTensors {
-  const at::Tensor *input, *weight_loc, *weight_rho, *bias_loc, *bias_rho, *seed, *prior_loc,
-      *prior_scale, *bias_prior_loc, *bias_prior_scale;
+  const at::Tensor *input, *weight_loc, *weight_rho, *bias_loc, *bias_rho, *seed, *prior_loc, *prior_scale,
+      *bias_prior_loc, *bias_prior_scale;
 };
 
 // Checks everything that memory safety needs and resolves the extents.
@@ -48,8 +48,7 @@ ConvCall make_conv_call(const ConvTensors& tensors, const ConvOptions& options);
 at::Tensor empty_output(const ConvCall& call);
 
 // Exactly the strides of at::empty(..., format): ATen is free to choose others for extents of 1.
-at::Tensor with_canonical_strides(const at::Tensor& tensor, at::ScalarType dtype,
-                                  at::MemoryFormat format);
+at::Tensor with_canonical_strides(const at::Tensor& tensor, at::ScalarType dtype, at::MemoryFormat format);
 
 struct ConvOutputs {
   at::Tensor output;
@@ -104,8 +103,7 @@ at::Tensor wgrad_of_output(const ConvCall& call, const ConvBackward& back, const
 
 // Fills the weight's gradients from the pre-activation gradient, KL included.
 template <typename T>
-void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
-                  const PosteriorGrads<T>& grads);
+void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad, const PosteriorGrads<T>& grads);
 
 // What `back` wants. weight: (num_samples, K, C/G, R, S) and bias: (num_samples, K), in the
 // parameters' dtype; undefined where not wanted.
@@ -113,8 +111,7 @@ struct LibraryGradients {
   at::Tensor input, weight, bias;
 };
 template <typename T>
-LibraryGradients backward_library(const ConvCall& call, const ConvBackward& back,
-                                  const at::Tensor& grad);
+LibraryGradients backward_library(const ConvCall& call, const ConvBackward& back, const at::Tensor& grad);
 
 // Draws every sample of the bias: (num_samples, K) in the parameters' dtype. kl as for
 // draw_sample().

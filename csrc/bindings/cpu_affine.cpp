@@ -10,21 +10,18 @@ namespace fbc {
 
 namespace {
 
-ConvCall make_affine_call(const ConvTensors& tensors, ConvOptions options, int64_t estimator,
-                          int64_t row_offset) {
+ConvCall make_affine_call(const ConvTensors& tensors, ConvOptions options, int64_t estimator, int64_t row_offset) {
   expect_defined("weight_rho", *tensors.weight_rho);
-  TORCH_CHECK_VALUE(estimator > 0 && estimator < kNumEstimators,
-                    "estimator: expected 1 (flipout) or 2 (local), got ", estimator);
-  TORCH_CHECK_VALUE(row_offset >= 0 && row_offset <= kMaxRowOffset,
-                    "row_offset: expected a value from 0 to ", kMaxRowOffset, ", got ", row_offset);
+  TORCH_CHECK_VALUE(estimator > 0 && estimator < kNumEstimators, "estimator: expected 1 (flipout) or 2 (local), got ",
+                    estimator);
+  TORCH_CHECK_VALUE(row_offset >= 0 && row_offset <= kMaxRowOffset, "row_offset: expected a value from 0 to ",
+                    kMaxRowOffset, ", got ", row_offset);
   options.estimator = estimator;
   options.row_offset = row_offset;
   return make_conv_call(tensors, options);
 }
 
-bool is_local(const ConvCall& call) {
-  return static_cast<Estimator>(call.options.estimator) == Estimator::kLocal;
-}
+bool is_local(const ConvCall& call) { return static_cast<Estimator>(call.options.estimator) == Estimator::kLocal; }
 
 template <typename T>
 void forward(const ConvCall& call, AffineOutputs* out) {
@@ -34,8 +31,7 @@ void forward(const ConvCall& call, AffineOutputs* out) {
   }
   out->output = empty_output(call);
   if (call.options.weight_kl) out->kl += kl_divergence(host_posterior_params<T>(call.weight));
-  if (call.has_bias() && call.options.bias_kl)
-    out->kl += kl_divergence(host_posterior_params<T>(call.bias));
+  if (call.has_bias() && call.options.bias_kl) out->kl += kl_divergence(host_posterior_params<T>(call.bias));
 }
 
 Tensors4 forward_affine_cpu(const ConvCall& call, bool save_pre_activation) {
@@ -49,26 +45,21 @@ Tensors4 forward_affine_cpu(const ConvCall& call, bool save_pre_activation) {
   if (!save_pre_activation) out.pre_activation = at::empty({0}, call.input->options());
   if (!out.deviation.defined()) {
     const ConvShape& s = call.shape;
-    out.deviation = is_local(call) ? empty_nhwc(call, s.N, s.P, s.Q, s.K)
-                                   : empty_gradient(*call.weight.loc);
+    out.deviation = is_local(call) ? empty_nhwc(call, s.N, s.P, s.Q, s.K) : empty_gradient(*call.weight.loc);
   }
-  const at::Tensor kl =
-      call.wants_kl() ? scalar_like(*call.weight.loc, out.kl) : empty_gradient(*call.weight.loc);
+  const at::Tensor kl = call.wants_kl() ? scalar_like(*call.weight.loc, out.kl) : empty_gradient(*call.weight.loc);
   return {out.output, kl, out.pre_activation, out.deviation};
 }
 
-Tensors4 bconv2d_affine_cpu(const at::Tensor& input, const at::Tensor& weight_loc,
-                            const at::Tensor& weight_rho, const OptionalTensor& bias_loc,
-                            const OptionalTensor& bias_rho, const at::Tensor& seed,
+Tensors4 bconv2d_affine_cpu(const at::Tensor& input, const at::Tensor& weight_loc, const at::Tensor& weight_rho,
+                            const OptionalTensor& bias_loc, const OptionalTensor& bias_rho, const at::Tensor& seed,
                             const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                            const OptionalTensor& bias_prior_loc,
-                            const OptionalTensor& bias_prior_scale, int64_t estimator,
-                            Doubles prior, bool weight_kl, bool bias_kl, double scale_floor,
-                            at::IntArrayRef stride, at::IntArrayRef padding,
-                            at::IntArrayRef dilation, int64_t groups, int64_t activation,
-                            double activation_param, int64_t num_samples, bool share_input,
-                            int64_t offset_add, at::IntArrayRef element_offset, int64_t row_offset,
-                            int64_t algorithm, bool save_pre_activation) {
+                            const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale,
+                            int64_t estimator, Doubles prior, bool weight_kl, bool bias_kl, double scale_floor,
+                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                            int64_t activation, double activation_param, int64_t num_samples, bool share_input,
+                            int64_t offset_add, at::IntArrayRef element_offset, int64_t row_offset, int64_t algorithm,
+                            bool save_pre_activation) {
   const ConvTensors tensors = {&input,
                                &weight_loc,
                                &weight_rho,
@@ -79,12 +70,11 @@ Tensors4 bconv2d_affine_cpu(const at::Tensor& input, const at::Tensor& weight_lo
                                get_if_defined(prior_scale),
                                get_if_defined(bias_prior_loc),
                                get_if_defined(bias_prior_scale)};
-  const ConvCall call =
-      make_affine_call(tensors,
-                       conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding,
-                                    dilation, groups, activation, activation_param, num_samples,
-                                    share_input, offset_add, element_offset, algorithm),
-                       estimator, row_offset);
+  const ConvCall call = make_affine_call(
+      tensors,
+      conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding, dilation, groups, activation,
+                   activation_param, num_samples, share_input, offset_add, element_offset, algorithm),
+      estimator, row_offset);
   return forward_affine_cpu(call, save_pre_activation);
 }
 
@@ -95,8 +85,7 @@ at::Tensor checked_deviation(const ConvCall& call, const OptionalTensor& given) 
   const ConvShape& s = call.shape;
   const at::Tensor* deviation = get_if_defined(given);
   if (!is_local(call)) return {};
-  TORCH_CHECK_VALUE(deviation != nullptr,
-                    "deviation: expected the fourth result of the forward pass, got None");
+  TORCH_CHECK_VALUE(deviation != nullptr, "deviation: expected the fourth result of the forward pass, got None");
   const std::array<int64_t, 4> image = {s.N, s.K, s.P, s.Q};
   expect_shape("deviation", image, deviation->sizes());
   expect_dtype("deviation", call.parameter_dtype(), *deviation);
@@ -112,18 +101,16 @@ PosteriorGradients bias_gradients(const ConvCall& call, const at::Tensor& grad_b
     *grad = empty_gradient(*call.weight.loc);  // results of an operator share no memory
   }
   if (!call.has_bias()) return out;
-  GradientBinder<T> bias(call.bias, {mask[3], mask[4], mask[7], mask[8]},
-                         call.options.bias_kl ? grad_kl : 0);
+  GradientBinder<T> bias(call.bias, {mask[3], mask[4], mask[7], mask[8]}, call.options.bias_kl ? grad_kl : 0);
   if (grad_bias.defined()) bias.set_grad_sample(grad_bias);
   bias.run(host_posterior_params<T>(call.bias));
   return bias.finish();
 }
 
 template <typename T>
-Tensors9 backward(const ConvCall& call, const ConvBackward& back, const at::Tensor& deviation,
-                  double grad_kl, const std::array<bool, 9>& mask) {
-  GradientBinder<T> weight(call.weight, {mask[1], mask[2], mask[5], mask[6]},
-                           call.options.weight_kl ? grad_kl : 0);
+Tensors9 backward(const ConvCall& call, const ConvBackward& back, const at::Tensor& deviation, double grad_kl,
+                  const std::array<bool, 9>& mask) {
+  GradientBinder<T> weight(call.weight, {mask[1], mask[2], mask[5], mask[6]}, call.options.weight_kl ? grad_kl : 0);
   at::Tensor grad_input = at::empty({0}, call.input->options()), grad_bias;
   const auto format = call.input->options().memory_format(call.format);
   if (call.is_empty()) {
@@ -144,21 +131,18 @@ Tensors9 backward(const ConvCall& call, const ConvBackward& back, const at::Tens
   }
   const PosteriorGradients w = weight.finish();
   const PosteriorGradients b = bias_gradients<T>(call, grad_bias, grad_kl, mask);
-  return {grad_input,  w.loc,         w.rho,       b.loc,        b.rho,
-          w.prior_loc, w.prior_scale, b.prior_loc, b.prior_scale};
+  return {grad_input, w.loc, w.rho, b.loc, b.rho, w.prior_loc, w.prior_scale, b.prior_loc, b.prior_scale};
 }
 
 Tensors9 bconv2d_affine_backward_cpu(
-    const at::Tensor& grad_output, const OptionalTensor& grad_kl, const at::Tensor& input,
-    const OptionalTensor& saved, const OptionalTensor& deviation, const at::Tensor& weight_loc,
-    const at::Tensor& weight_rho, const OptionalTensor& bias_loc, const OptionalTensor& bias_rho,
-    const at::Tensor& seed, const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-    const OptionalTensor& bias_prior_loc, const OptionalTensor& bias_prior_scale, int64_t estimator,
-    Doubles prior, bool weight_kl, bool bias_kl, double scale_floor, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t activation,
-    double activation_param, int64_t num_samples, bool share_input, int64_t offset_add,
-    at::IntArrayRef element_offset, int64_t row_offset, int64_t algorithm,
-    std::array<bool, 9> mask) {
+    const at::Tensor& grad_output, const OptionalTensor& grad_kl, const at::Tensor& input, const OptionalTensor& saved,
+    const OptionalTensor& deviation, const at::Tensor& weight_loc, const at::Tensor& weight_rho,
+    const OptionalTensor& bias_loc, const OptionalTensor& bias_rho, const at::Tensor& seed,
+    const OptionalTensor& prior_loc, const OptionalTensor& prior_scale, const OptionalTensor& bias_prior_loc,
+    const OptionalTensor& bias_prior_scale, int64_t estimator, Doubles prior, bool weight_kl, bool bias_kl,
+    double scale_floor, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    int64_t activation, double activation_param, int64_t num_samples, bool share_input, int64_t offset_add,
+    at::IntArrayRef element_offset, int64_t row_offset, int64_t algorithm, std::array<bool, 9> mask) {
   const ConvTensors tensors = {&input,
                                &weight_loc,
                                &weight_rho,
@@ -169,12 +153,11 @@ Tensors9 bconv2d_affine_backward_cpu(
                                get_if_defined(prior_scale),
                                get_if_defined(bias_prior_loc),
                                get_if_defined(bias_prior_scale)};
-  const ConvCall call =
-      make_affine_call(tensors,
-                       conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding,
-                                    dilation, groups, activation, activation_param, num_samples,
-                                    share_input, offset_add, element_offset, algorithm),
-                       estimator, row_offset);
+  const ConvCall call = make_affine_call(
+      tensors,
+      conv_options(prior, weight_kl, bias_kl, scale_floor, stride, padding, dilation, groups, activation,
+                   activation_param, num_samples, share_input, offset_add, element_offset, algorithm),
+      estimator, row_offset);
   const bool linear = call.activation == Activation::kLinear;
   const ConvBackward back = {&grad_output,       linear ? nullptr : get_if_defined(saved),
                              /*weight=*/nullptr, mask[0],

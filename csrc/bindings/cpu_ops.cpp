@@ -13,9 +13,9 @@ namespace {
 Algorithm resolve(const ConvCall& call, Direction direction) {
   const auto requested = static_cast<Algorithm>(call.options.algorithm);
   const Choice choice = select_algorithm(call.problem(), direction, requested);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      choice.reason == nullptr, "algorithm: expected one that can compute the ",
-      direction_name(direction), " of this convolution, got '", choice.name, "': ", choice.reason);
+  TORCH_CHECK_NOT_IMPLEMENTED(choice.reason == nullptr, "algorithm: expected one that can compute the ",
+                              direction_name(direction), " of this convolution, got '", choice.name,
+                              "': ", choice.reason);
   return choice.algorithm;
 }
 
@@ -26,8 +26,7 @@ ConvOutputs allocate_outputs(const ConvCall& call, bool keep_weight, bool save_p
   ConvOutputs out = {};
   if (save_pre_activation) out.pre_activation = empty_output(call);
   if (keep_weight) {
-    out.weight = at::empty({s.num_samples, s.K, s.R, s.S, s.channels_per_group()}, options)
-                     .permute({0, 1, 4, 2, 3});
+    out.weight = at::empty({s.num_samples, s.K, s.R, s.S, s.channels_per_group()}, options).permute({0, 1, 4, 2, 3});
   }
   return out;
 }
@@ -38,15 +37,12 @@ void forward_empty(const ConvCall& call, ConvOutputs* out) {
   out->output = empty_output(call);
   const auto p = host_posterior_params<T>(call.weight);
   if (call.options.weight_kl) out->kl += kl_divergence(p);
-  if (call.has_bias() && call.options.bias_kl)
-    out->kl += kl_divergence(host_posterior_params<T>(call.bias));
+  if (call.has_bias() && call.options.bias_kl) out->kl += kl_divergence(host_posterior_params<T>(call.bias));
   if (!out->weight.defined()) return;
   for (int64_t sample = 0; sample < call.shape.num_samples; ++sample) {
     const at::Tensor weight = out->weight.select(0, sample);
-    draw_sample(
-        p, sample,
-        {weight.mutable_data_ptr(), dtype_of(call.compute_dtype), posterior_strides(weight, 4)},
-        nullptr);
+    draw_sample(p, sample, {weight.mutable_data_ptr(), dtype_of(call.compute_dtype), posterior_strides(weight, 4)},
+                nullptr);
   }
 }
 
@@ -93,8 +89,7 @@ Tensors4 forward_cpu(const ConvCall& given, bool keep_weight, bool save_pre_acti
   const auto options = call.input->options();
   if (!save_pre_activation) out.pre_activation = at::empty({0}, options);
   if (!keep_weight) out.weight = at::empty({0}, options);
-  const at::Tensor kl =
-      call.wants_kl() ? scalar_like(*call.weight.loc, out.kl) : empty_gradient(*call.weight.loc);
+  const at::Tensor kl = call.wants_kl() ? scalar_like(*call.weight.loc, out.kl) : empty_gradient(*call.weight.loc);
   return {out.output, kl, out.pre_activation, out.weight};
 }
 
@@ -104,9 +99,8 @@ constexpr int64_t kMostSharedNoise = int64_t{1} << 20;
 
 at::Tensor shared_noise(const ConvCall& call, const ConvBackward& back) {
   const int64_t elements = call.weight.loc->numel();
-  const bool shares = back.wants_input && back.wants_weight && back.weight == nullptr &&
-                      call.weight.rho != nullptr && call.shape.num_samples == 1 &&
-                      elements <= kMostSharedNoise;
+  const bool shares = back.wants_input && back.wants_weight && back.weight == nullptr && call.weight.rho != nullptr &&
+                      call.shape.num_samples == 1 && elements <= kMostSharedNoise;
   return shares ? at::empty({elements}, at::kFloat) : at::Tensor();
 }
 
@@ -121,14 +115,13 @@ at::Tensor library_gradient(const ConvCall& call, const ConvBackward& back, cons
 
 // Gradient by each draw of weight and bias, and by the input; undefined where not wanted.
 template <typename T>
-LibraryGradients backward_convolution(ConvCall& call, ConvBackward back,
-                                      GradientBinder<T>* weight_grads, bool* weight_done) {
+LibraryGradients backward_convolution(ConvCall& call, ConvBackward back, GradientBinder<T>* weight_grads,
+                                      bool* weight_done) {
   const Algorithm dgrad = back.wants_input ? resolve(call, Direction::kDgrad) : Algorithm::kAuto;
-  const Algorithm wgrad =
-      back.wants_weight || back.wants_bias ? resolve(call, Direction::kWgrad) : Algorithm::kAuto;
+  const Algorithm wgrad = back.wants_weight || back.wants_bias ? resolve(call, Direction::kWgrad) : Algorithm::kAuto;
   // In half precision the library would round the sums of the bias gradient.
-  const bool library_sums_bias = wgrad == Algorithm::kLibrary && back.wants_weight &&
-                                 back.wants_bias && call.compute_dtype == call.parameter_dtype();
+  const bool library_sums_bias = wgrad == Algorithm::kLibrary && back.wants_weight && back.wants_bias &&
+                                 call.compute_dtype == call.parameter_dtype();
   ConvBackward first = back;
   first.wants_bias = back.wants_bias && !library_sums_bias;
   const bool own_dgrad = back.wants_input && dgrad != Algorithm::kLibrary;
@@ -146,9 +139,8 @@ LibraryGradients backward_convolution(ConvCall& call, ConvBackward back,
                       (!own_wgrad || reads_bf16_gradient(call, wgrad));
   const at::ScalarType grad_dtype = narrow ? at::kBFloat16 : call.parameter_dtype();
   const bool own_any = own_dgrad || own_wgrad || own_bias;
-  const PreActivationGradient z = own_any
-                                      ? activation_backward_direct<T>(call, first, grad_dtype)
-                                      : activation_backward_library(call, first);
+  const PreActivationGradient z =
+      own_any ? activation_backward_direct<T>(call, first, grad_dtype) : activation_backward_library(call, first);
   ConvBackward rest = back;
   rest.wants_bias = library_sums_bias;
   rest.wants_input = back.wants_input && dgrad == Algorithm::kLibrary;
@@ -157,8 +149,7 @@ LibraryGradients backward_convolution(ConvCall& call, ConvBackward back,
     out = backward_library<T>(call, rest, own_any ? library_gradient(call, back, z.grad) : z.grad);
   }
   if (own_dgrad) {
-    out.input =
-        advised(at::empty(call.input->sizes(), call.input->options().memory_format(call.format)));
+    out.input = advised(at::empty(call.input->sizes(), call.input->options().memory_format(call.format)));
     dgrad_direct<T>(call, dgrad, back.weight, z.grad, out.input);
   }
   call.weight.eps_drawn = call.weight.eps != nullptr;  // in place of the weight's noise, from here on
@@ -181,8 +172,7 @@ PosteriorGradients finish_posterior(const PosteriorTensors& posterior, GradientB
 template <typename T>
 Tensors9 backward(ConvCall call, ConvBackward back, double grad_kl, const std::array<bool, 9>& mask) {
   const ConvOptions& o = call.options;
-  GradientBinder<T> weight(call.weight, {mask[1], mask[2], mask[5], mask[6]},
-                           o.weight_kl ? grad_kl : 0);
+  GradientBinder<T> weight(call.weight, {mask[1], mask[2], mask[5], mask[6]}, o.weight_kl ? grad_kl : 0);
   LibraryGradients conv;
   at::Tensor noise;
   bool weight_done = false;
@@ -193,20 +183,17 @@ Tensors9 backward(ConvCall call, ConvBackward back, double grad_kl, const std::a
     if (noise.defined()) call.weight.eps = &noise;
     conv = backward_convolution<T>(call, back, &weight, &weight_done);
   }
-  const PosteriorGradients w =
-      weight_done ? weight.finish() : finish_posterior(call.weight, &weight, conv.weight);
+  const PosteriorGradients w = weight_done ? weight.finish() : finish_posterior(call.weight, &weight, conv.weight);
   PosteriorGradients b;
   for (at::Tensor* grad : {&b.loc, &b.rho, &b.prior_loc, &b.prior_scale}) {
     *grad = empty_gradient(*call.weight.loc);  // results of an operator share no memory
   }
   if (call.has_bias()) {
-    GradientBinder<T> bias(call.bias, {mask[3], mask[4], mask[7], mask[8]},
-                           o.bias_kl ? grad_kl : 0);
+    GradientBinder<T> bias(call.bias, {mask[3], mask[4], mask[7], mask[8]}, o.bias_kl ? grad_kl : 0);
     b = finish_posterior(call.bias, &bias, conv.bias);
   }
   if (!conv.input.defined()) conv.input = at::empty({0}, call.input->options());
-  return {conv.input,  w.loc,         w.rho,       b.loc,        b.rho,
-          w.prior_loc, w.prior_scale, b.prior_loc, b.prior_scale};
+  return {conv.input, w.loc, w.rho, b.loc, b.rho, w.prior_loc, w.prior_scale, b.prior_loc, b.prior_scale};
 }
 
 Tensors9 backward_cpu(const ConvCall& given, const ConvBackward& back, const at::Tensor* grad_kl,

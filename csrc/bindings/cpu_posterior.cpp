@@ -39,8 +39,8 @@ double sum_in_fixed_order(const at::Tensor& full) {
 at::Tensor reduce_to_prior(const at::Tensor& full, const at::Tensor& prior) {
   at::Tensor out = at::empty_like(prior);
   if (prior.numel() == 1) {
-    const double sum = full.scalar_type() == at::kDouble ? sum_in_fixed_order<double>(full)
-                                                         : sum_in_fixed_order<float>(full);
+    const double sum =
+        full.scalar_type() == at::kDouble ? sum_in_fixed_order<double>(full) : sum_in_fixed_order<float>(full);
     return out.fill_(sum);
   }
   // at::sum splits its work by threads; here every output adds its elements in memory order.
@@ -71,35 +71,30 @@ double draw_all(const PosteriorTensors& t, const at::Tensor& sample, bool with_k
   if (t.loc->numel() == 0) return kl;
   for (int64_t s = 0; s < sample.size(0); ++s) {
     const at::Tensor one = sample.select(0, s);
-    draw_sample(
-        p, s,
-        {one.mutable_data_ptr(), dtype_of(one.scalar_type()), posterior_strides(one, one.dim())},
-        s == 0 && with_kl ? &kl : nullptr);
+    draw_sample(p, s, {one.mutable_data_ptr(), dtype_of(one.scalar_type()), posterior_strides(one, one.dim())},
+                s == 0 && with_kl ? &kl : nullptr);
   }
   return kl;
 }
 
-Tensors2 sample_posterior_cpu(const at::Tensor& loc, const OptionalTensor& rho,
-                              const at::Tensor& seed, const OptionalTensor& prior_loc,
-                              const OptionalTensor& prior_scale, Doubles prior, bool with_kl,
-                              double scale_floor, int64_t stream, int64_t num_samples,
-                              int64_t offset_add, int64_t element_offset,
-                              std::optional<at::ScalarType> dtype) {
-  PosteriorTensors t =
-      posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
+Tensors2 sample_posterior_cpu(const at::Tensor& loc, const OptionalTensor& rho, const at::Tensor& seed,
+                              const OptionalTensor& prior_loc, const OptionalTensor& prior_scale, Doubles prior,
+                              bool with_kl, double scale_floor, int64_t stream, int64_t num_samples, int64_t offset_add,
+                              int64_t element_offset, std::optional<at::ScalarType> dtype) {
+  PosteriorTensors t = posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
   set_noise(&t, seed, stream, offset_add, element_offset);
   const std::vector<int64_t> sizes = sample_sizes(loc, num_samples);
   if (loc.dim() > 4) {
-    const auto [sample, kl] = sample_posterior_cpu(
-        merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), seed,
-        merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, with_kl,
-        scale_floor, stream, num_samples, offset_add, element_offset, dtype);
+    const auto [sample, kl] =
+        sample_posterior_cpu(merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), seed,
+                             merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, with_kl,
+                             scale_floor, stream, num_samples, offset_add, element_offset, dtype);
     return {sample.reshape(sizes), kl};
   }
   const at::ScalarType type = checked_sample_dtype(loc, dtype);
   const at::Tensor sample = at::empty(sizes, loc.options().dtype(type));
-  const double kl = loc.scalar_type() == at::kDouble ? draw_all<double>(t, sample, with_kl)
-                                                     : draw_all<float>(t, sample, with_kl);
+  const double kl =
+      loc.scalar_type() == at::kDouble ? draw_all<double>(t, sample, with_kl) : draw_all<float>(t, sample, with_kl);
   return {sample, with_kl ? scalar_like(loc, kl) : empty_gradient(loc)};
 }
 
@@ -118,8 +113,8 @@ Tensors4 backward_all(const PosteriorTensors& t, const at::Tensor* grad_sample, 
   return {g.loc, g.rho, g.prior_loc, g.prior_scale};
 }
 
-Tensors4 backward_of_dtype(const PosteriorTensors& t, const at::Tensor* grad_sample,
-                           const at::Tensor* grad_kl, const std::array<bool, 4>& mask) {
+Tensors4 backward_of_dtype(const PosteriorTensors& t, const at::Tensor* grad_sample, const at::Tensor* grad_kl,
+                           const std::array<bool, 4>& mask) {
   double by_kl = 0.0;
   if (grad_kl != nullptr) {
     expect_shape("grad_kl", {}, grad_kl->sizes());
@@ -129,19 +124,17 @@ Tensors4 backward_of_dtype(const PosteriorTensors& t, const at::Tensor* grad_sam
                                              : backward_all<float>(t, grad_sample, by_kl, mask);
 }
 
-at::Tensor split_prior_taps(const at::Tensor& grad, const OptionalTensor& prior,
-                            at::IntArrayRef sizes) {
+at::Tensor split_prior_taps(const at::Tensor& grad, const OptionalTensor& prior, at::IntArrayRef sizes) {
   const at::Tensor* like = get_if_defined(prior);
   return like == nullptr || grad.dim() != 4 ? grad : reduce_to_prior(grad.reshape(sizes), *like);
 }
 
-Tensors4 sample_posterior_backward_cpu(
-    const OptionalTensor& grad_sample, const OptionalTensor& grad_kl, const at::Tensor& loc,
-    const OptionalTensor& rho, const at::Tensor& seed, const OptionalTensor& prior_loc,
-    const OptionalTensor& prior_scale, Doubles prior, double scale_floor, int64_t stream,
-    int64_t num_samples, int64_t offset_add, int64_t element_offset, std::array<bool, 4> mask) {
-  PosteriorTensors t =
-      posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
+Tensors4 sample_posterior_backward_cpu(const OptionalTensor& grad_sample, const OptionalTensor& grad_kl,
+                                       const at::Tensor& loc, const OptionalTensor& rho, const at::Tensor& seed,
+                                       const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+                                       Doubles prior, double scale_floor, int64_t stream, int64_t num_samples,
+                                       int64_t offset_add, int64_t element_offset, std::array<bool, 4> mask) {
+  PosteriorTensors t = posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
   set_noise(&t, seed, stream, offset_add, element_offset);
   const std::vector<int64_t> sizes = sample_sizes(loc, num_samples);
   const at::Tensor* grad = get_if_defined(grad_sample);
@@ -152,55 +145,48 @@ Tensors4 sample_posterior_backward_cpu(
   }
   if (loc.dim() <= 4) return backward_of_dtype(t, grad, get_if_defined(grad_kl), mask);
   OptionalTensor merged_grad;
-  if (grad != nullptr)
-    merged_grad = grad->reshape({num_samples, sizes[1], sizes[2], -1, sizes.back()});
-  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] = sample_posterior_backward_cpu(
-      merged_grad, grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), seed,
-      merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, scale_floor,
-      stream, num_samples, offset_add, element_offset, mask);
+  if (grad != nullptr) merged_grad = grad->reshape({num_samples, sizes[1], sizes[2], -1, sizes.back()});
+  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] =
+      sample_posterior_backward_cpu(merged_grad, grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
+                                    seed, merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()),
+                                    prior, scale_floor, stream, num_samples, offset_add, element_offset, mask);
   return {split_taps(g_loc, &loc), split_taps(g_rho, get_if_defined(rho)),
           split_prior_taps(g_prior_loc, prior_loc, loc.sizes()),
           split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
 }
 
-at::Tensor kl_normal_cpu(const at::Tensor& loc, const at::Tensor& rho,
-                         const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                         Doubles prior, double scale_floor) {
+at::Tensor kl_normal_cpu(const at::Tensor& loc, const at::Tensor& rho, const OptionalTensor& prior_loc,
+                         const OptionalTensor& prior_scale, Doubles prior, double scale_floor) {
   expect_defined("rho", rho);
   const auto t = posterior_tensors(loc, &rho, prior_loc, prior_scale, prior, scale_floor);
   if (loc.dim() > 4) {
-    return kl_normal_cpu(merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
-                         merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()),
-                         prior, scale_floor);
+    return kl_normal_cpu(merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), merge_taps(prior_loc, loc.sizes()),
+                         merge_taps(prior_scale, loc.sizes()), prior, scale_floor);
   }
   if (loc.numel() == 0) return scalar_like(loc, 0.0);
-  const double kl = loc.scalar_type() == at::kDouble
-                        ? kl_divergence(host_posterior_params<double>(t))
-                        : kl_divergence(host_posterior_params<float>(t));
+  const double kl = loc.scalar_type() == at::kDouble ? kl_divergence(host_posterior_params<double>(t))
+                                                     : kl_divergence(host_posterior_params<float>(t));
   return scalar_like(loc, kl);
 }
 
-Tensors4 kl_normal_backward_cpu(const at::Tensor& grad_kl, const at::Tensor& loc,
-                                const at::Tensor& rho, const OptionalTensor& prior_loc,
-                                const OptionalTensor& prior_scale, Doubles prior,
+Tensors4 kl_normal_backward_cpu(const at::Tensor& grad_kl, const at::Tensor& loc, const at::Tensor& rho,
+                                const OptionalTensor& prior_loc, const OptionalTensor& prior_scale, Doubles prior,
                                 double scale_floor, std::array<bool, 4> mask) {
   expect_defined("grad_kl", grad_kl);
   expect_defined("rho", rho);
   const auto t = posterior_tensors(loc, &rho, prior_loc, prior_scale, prior, scale_floor);
   if (loc.dim() <= 4) return backward_of_dtype(t, nullptr, &grad_kl, mask);
-  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] =
-      kl_normal_backward_cpu(grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
-                             merge_taps(prior_loc, loc.sizes()),
-                             merge_taps(prior_scale, loc.sizes()), prior, scale_floor, mask);
-  return {split_taps(g_loc, &loc), split_taps(g_rho, &rho),
-          split_prior_taps(g_prior_loc, prior_loc, loc.sizes()),
+  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] = kl_normal_backward_cpu(
+      grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), merge_taps(prior_loc, loc.sizes()),
+      merge_taps(prior_scale, loc.sizes()), prior, scale_floor, mask);
+  return {split_taps(g_loc, &loc), split_taps(g_rho, &rho), split_prior_taps(g_prior_loc, prior_loc, loc.sizes()),
           split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
 }
 
 using DrawKernel = void (*)(NoiseKey, Stream, uint64_t, int64_t, float*);
 
-at::Tensor draw_elements(DrawKernel kernel, const at::Tensor& seed, int64_t numel, int64_t stream,
-                         int64_t sample, int64_t element_offset) {
+at::Tensor draw_elements(DrawKernel kernel, const at::Tensor& seed, int64_t numel, int64_t stream, int64_t sample,
+                         int64_t element_offset) {
   const Stream which = check_draw(seed, numel, stream, element_offset);
   const NoiseKey key = noise_key(seed, sample);
   at::Tensor out = at::empty({numel}, seed.options().dtype(at::kFloat));
@@ -212,8 +198,8 @@ at::Tensor draw_elements(DrawKernel kernel, const at::Tensor& seed, int64_t nume
   return out;
 }
 
-at::Tensor standard_normal_cpu(const at::Tensor& seed, int64_t numel, int64_t stream,
-                               int64_t sample, int64_t element_offset) {
+at::Tensor standard_normal_cpu(const at::Tensor& seed, int64_t numel, int64_t stream, int64_t sample,
+                               int64_t element_offset) {
   return draw_elements(noise_kernels().normals, seed, numel, stream, sample, element_offset);
 }
 
@@ -223,8 +209,7 @@ at::Tensor random_signs_cpu(const at::Tensor& seed, int64_t numel, int64_t strea
 }
 
 uint32_t checked_word(const char* name, int64_t value) {
-  TORCH_CHECK_VALUE(value >= 0 && value <= 0xffffffffLL, name,
-                    ": expected words from 0 to 2^32 - 1, got ", value);
+  TORCH_CHECK_VALUE(value >= 0 && value <= 0xffffffffLL, name, ": expected words from 0 to 2^32 - 1, got ", value);
   return static_cast<uint32_t>(value);
 }
 

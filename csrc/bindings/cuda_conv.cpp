@@ -12,13 +12,10 @@ namespace fbc::device {
 
 namespace {
 
-at::ScalarType sum_dtype(const ConvCall& call) {
-  return call.compute_dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
+at::ScalarType sum_dtype(const ConvCall& call) { return call.compute_dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 template <typename T>
-void draw(const ConvCall& call, const at::Tensor& weight, const at::Tensor& bias,
-          const Forward& forward) {
+void draw(const ConvCall& call, const at::Tensor& weight, const at::Tensor& bias, const Forward& forward) {
   SampleLaunch<T> launch;
   if (is_sampled(call.weight)) launch.add(call.weight, weight, forward.weight_kl);
   if (call.has_bias() && is_sampled(call.bias)) launch.add(call.bias, bias, forward.bias_kl);
@@ -31,12 +28,10 @@ Site forward_site(const ConvCall& call) {
   return {"fastbconv::bconv2d", "input", call.input->sizes(), "weight", call.weight.loc->sizes()};
 }
 Site backward_site(const ConvCall& call) {
-  return {"fastbconv::bconv2d_backward", "input", call.input->sizes(), "weight",
-          call.weight.loc->sizes()};
+  return {"fastbconv::bconv2d_backward", "input", call.input->sizes(), "weight", call.weight.loc->sizes()};
 }
 
-void draw_parameters(const ConvCall& call, const at::Tensor& weight, const at::Tensor& bias,
-                     const Forward& forward) {
+void draw_parameters(const ConvCall& call, const at::Tensor& weight, const at::Tensor& bias, const Forward& forward) {
   if (call.parameter_dtype() == at::kDouble) {
     draw<double>(call, weight, bias, forward);
   } else {
@@ -58,8 +53,7 @@ at::Tensor empty_weight(const ConvCall& call, int64_t draws, at::MemoryFormat fo
   const ConvShape& s = call.shape;
   const auto options = call.input->options().memory_format(at::MemoryFormat::Contiguous);
   if (format == at::MemoryFormat::ChannelsLast) {
-    return at::empty({draws, s.K, s.R, s.S, s.channels_per_group()}, options)
-        .permute({0, 1, 4, 2, 3});
+    return at::empty({draws, s.K, s.R, s.S, s.channels_per_group()}, options).permute({0, 1, 4, 2, 3});
   }
   return at::empty({draws, s.K, s.channels_per_group(), s.R, s.S}, options);
 }
@@ -87,8 +81,7 @@ void apply_bias_activation(const ConvCall& call, const at::Tensor& bias, const a
   check_launch(cuda::bias_activation(p, current_stream(output)), forward_site(call));
 }
 
-PreActivation activation_backward(const ConvCall& call, const ConvBackward& back,
-                                  at::MemoryFormat format) {
+PreActivation activation_backward(const ConvCall& call, const ConvBackward& back, at::MemoryFormat format) {
   const ConvShape& s = call.shape;
   const bool linear = back.saved == nullptr;
   PreActivation out;
@@ -108,8 +101,7 @@ PreActivation activation_backward(const ConvCall& call, const ConvBackward& back
   if (!linear) {
     a.saved = back.saved->const_data_ptr();
     a.saved_stride = image_strides(*back.saved);
-    out.grad =
-        at::empty(back.grad_output->sizes(), back.grad_output->options().memory_format(format));
+    out.grad = at::empty(back.grad_output->sizes(), back.grad_output->options().memory_format(format));
     a.grad = out.grad.mutable_data_ptr();
     a.grad_stride = image_strides(out.grad);
   }
@@ -119,8 +111,7 @@ PreActivation activation_backward(const ConvCall& call, const ConvBackward& back
     a.grad_bias = out.grad_bias.mutable_data_ptr();
   }
   const Workspace workspace(cuda::activation_grad_workspace(a), *back.grad_output);
-  check_launch(cuda::activation_grad(a, workspace.data(), current_stream(*back.grad_output)),
-               backward_site(call));
+  check_launch(cuda::activation_grad(a, workspace.data(), current_stream(*back.grad_output)), backward_site(call));
   return out;
 }
 

@@ -23,8 +23,8 @@ struct Forward {
 
 // Gradients by the convolution's operands.
 struct Operands {
-  at::Tensor input;   // undefined where not wanted, likewise below
-  at::Tensor weight;  // (draws, K, C/G, R, S), any dtype and strides; draws is num_samples or 1
+  at::Tensor input;             // undefined where not wanted, likewise below
+  at::Tensor weight;            // (draws, K, C/G, R, S), any dtype and strides; draws is num_samples or 1
   at::Tensor slabs, slabs_eps;  // or this: of the one-pass kernels
   at::Tensor bias;              // (num_samples, K) in acc_t of the input
 };
@@ -37,8 +37,7 @@ Site backward_site(const ConvCall& call);
 
 // Draws the weight into `weight` (num_samples or 1 of them, undefined: not) and the bias into
 // `bias`, with the KLs that `forward` wants, in one launch.
-void draw_parameters(const ConvCall& call, const at::Tensor& weight, const at::Tensor& bias,
-                     const Forward& forward);
+void draw_parameters(const ConvCall& call, const at::Tensor& weight, const at::Tensor& bias, const Forward& forward);
 
 // (num_samples, K) in `dtype`: drawn by draw_parameters(), or what the layer was given. `drawn`
 // tells which.
@@ -57,8 +56,7 @@ void apply_bias_activation(const ConvCall& call, const at::Tensor& bias, const a
 struct PreActivation {
   at::Tensor grad, grad_bias;
 };
-PreActivation activation_backward(const ConvCall& call, const ConvBackward& back,
-                                  at::MemoryFormat format);
+PreActivation activation_backward(const ConvCall& call, const ConvBackward& back, at::MemoryFormat format);
 
 void forward_library(const ConvCall& call, Forward* out);
 Operands backward_library(const ConvCall& call, const ConvBackward& back);

@@ -29,10 +29,9 @@ BoundWeight bind_weight(const ConvCall& call, const at::Tensor* kept, const Site
   BoundWeight out;
   const ConvShape& s = call.shape;
   if (kept != nullptr || !is_sampled(call.weight)) {
-    const at::Tensor draws =
-        kept != nullptr ? *kept
-                        : in_dtype(*call.weight.loc, call.compute_dtype)
-                              .expand({s.num_samples, s.K, s.channels_per_group(), s.R, s.S});
+    const at::Tensor draws = kept != nullptr ? *kept
+                                             : in_dtype(*call.weight.loc, call.compute_dtype)
+                                                   .expand({s.num_samples, s.K, s.channels_per_group(), s.R, s.S});
     out.given = draws.permute({0, 1, 3, 4, 2}).contiguous();
     out.weight.source = cuda::WeightSource::kGiven;
     out.weight.given = out.given.const_data_ptr();
@@ -46,8 +45,7 @@ BoundWeight bind_weight(const ConvCall& call, const at::Tensor* kept, const Site
     // A softplus for each weight and draw would cost more than the draw.
     out.scale = at::empty({s.K, s.R, s.S, s.channels_per_group()}, float_options(call));
     out.weight.scale = out.scale.const_data_ptr<float>();
-    check_launch(cuda::scale_of(out.weight.posterior, out.scale.mutable_data_ptr<float>(),
-                                current_stream(*call.input)),
+    check_launch(cuda::scale_of(out.weight.posterior, out.scale.mutable_data_ptr<float>(), current_stream(*call.input)),
                  site);
   }
   return out;
@@ -56,8 +54,7 @@ BoundWeight bind_weight(const ConvCall& call, const at::Tensor* kept, const Site
 at::Tensor grad_input(const ConvCall& call, const ConvBackward& back, const at::Tensor& grad) {
   const Site site = backward_site(call);
   const BoundWeight bound = bind_weight(call, back.weight, site);
-  const at::Tensor out =
-      at::empty(call.input->sizes(), call.input->options().memory_format(call.format));
+  const at::Tensor out = at::empty(call.input->sizes(), call.input->options().memory_format(call.format));
   cuda::DgradParams d = {};
   d.shape = call.shape;
   d.dtype = dtype_of(call.compute_dtype);
@@ -90,8 +87,7 @@ void grad_weight(const ConvCall& call, const at::Tensor& grad, Operands* out) {
     w.posterior.C = s.channels_per_group();
   }
   w.seed = seed.const_data_ptr<int64_t>();
-  const std::array<int64_t, 5> sizes = {cuda::wgrad_slabs(w), s.K, s.R, s.S,
-                                        s.channels_per_group()};
+  const std::array<int64_t, 5> sizes = {cuda::wgrad_slabs(w), s.K, s.R, s.S, s.channels_per_group()};
   out->slabs = at::empty(sizes, float_options(call));
   w.slabs = out->slabs.mutable_data_ptr<float>();
   if (s.num_samples > 1) {

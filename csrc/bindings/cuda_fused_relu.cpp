@@ -28,9 +28,8 @@ bool can_fuse_relu(const ConvCall& call, const Forward& out) {
   // The call splits nothing: 32-bit extents only.
   const int64_t most = std::numeric_limits<int32_t>::max();
   return call.activation == Activation::kRelu && call.has_bias() && s.num_samples == 1 &&
-         call.compute_dtype != at::kDouble && !out.pre_activation.defined() &&
-         context.userEnabledCuDNN() && !context.deterministicCuDNN() &&
-         !context.deterministicAlgorithms() && call.input->numel() < most &&
+         call.compute_dtype != at::kDouble && !out.pre_activation.defined() && context.userEnabledCuDNN() &&
+         !context.deterministicCuDNN() && !context.deterministicAlgorithms() && call.input->numel() < most &&
          s.output_rows() * s.P * s.Q * s.K < most;
 }
 
@@ -46,8 +45,8 @@ Problem describe(const ConvCall& call, const at::Tensor& input) {
   key.insert(key.end(), o.stride.begin(), o.stride.end());
   key.insert(key.end(), o.padding.begin(), o.padding.end());
   key.insert(key.end(), o.dilation.begin(), o.dilation.end());
-  key.insert(key.end(), {o.groups, static_cast<int64_t>(call.compute_dtype),
-                         static_cast<int64_t>(call.format), input.device().index()});
+  key.insert(key.end(), {o.groups, static_cast<int64_t>(call.compute_dtype), static_cast<int64_t>(call.format),
+                         input.device().index()});
   return key;
 }
 
@@ -63,8 +62,8 @@ Refused& refused() {
 
 }  // namespace
 
-at::Tensor fused_relu(const ConvCall& call, const at::Tensor& input, const at::Tensor& filters,
-                      const at::Tensor& bias, std::array<int64_t, 2> padding) {
+at::Tensor fused_relu(const ConvCall& call, const at::Tensor& input, const at::Tensor& filters, const at::Tensor& bias,
+                      std::array<int64_t, 2> padding) {
   if (refused().any.load(std::memory_order_acquire)) {
     const Problem key = describe(call, input);
     const std::lock_guard<std::mutex> lock(refused().mutex);
@@ -72,8 +71,7 @@ at::Tensor fused_relu(const ConvCall& call, const at::Tensor& input, const at::T
   }
   const ConvOptions& o = call.options;
   try {
-    return at::cudnn_convolution_relu(input, filters, bias, o.stride, padding, o.dilation,
-                                      o.groups);
+    return at::cudnn_convolution_relu(input, filters, bias, o.stride, padding, o.dilation, o.groups);
   } catch (const c10::OutOfMemoryError&) {
     throw;
   } catch (const c10::AcceleratorError&) {

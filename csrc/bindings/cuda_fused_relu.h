@@ -11,7 +11,7 @@ bool can_fuse_relu(const ConvCall& call, const Forward& out);
 
 // relu(convolution + bias), bias (K) in the dtype of the input; undefined where cuDNN has no kernel
 // for it. What it has refused once is not tried again.
-at::Tensor fused_relu(const ConvCall& call, const at::Tensor& input, const at::Tensor& filters,
-                      const at::Tensor& bias, std::array<int64_t, 2> padding);
+at::Tensor fused_relu(const ConvCall& call, const at::Tensor& input, const at::Tensor& filters, const at::Tensor& bias,
+                      std::array<int64_t, 2> padding);
 
 }  // namespace fbc::device

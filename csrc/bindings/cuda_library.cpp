@@ -30,8 +30,7 @@ at::Tensor prepare_input(const ConvCall& call) {
 }
 
 std::array<int64_t, 2> remaining_padding(const ConvShape& s) {
-  return pads_first(s) ? std::array<int64_t, 2>{0, 0}
-                       : std::array<int64_t, 2>{s.pad_top, s.pad_left};
+  return pads_first(s) ? std::array<int64_t, 2>{0, 0} : std::array<int64_t, 2>{s.pad_top, s.pad_left};
 }
 
 // ATen's convolution takes the output's memory format from its weight as well as from its input, so
@@ -41,9 +40,7 @@ at::Tensor as_filters(const ConvCall& call, const at::Tensor& weight) {
 }
 
 // (draws, K, C/G, R, S) with one draw where the weight has no noise.
-at::Tensor plain_weight(const ConvCall& call) {
-  return in_dtype(*call.weight.loc, call.compute_dtype).unsqueeze(0);
-}
+at::Tensor plain_weight(const ConvCall& call) { return in_dtype(*call.weight.loc, call.compute_dtype).unsqueeze(0); }
 
 // The draws as filters of one convolution, in the order group, draw, filter of the group:
 // (G S K/G, C/G, R, S).
@@ -55,9 +52,7 @@ at::Tensor stack_filters(const ConvCall& call, const at::Tensor& weight) {
 // And back: (S, K, C/G, R, S).
 at::Tensor unstack_filters(const ConvCall& call, const at::Tensor& filters) {
   const ConvShape& s = call.shape;
-  return filters.unflatten(0, {s.groups, s.num_samples, s.filters_per_group()})
-      .transpose(0, 1)
-      .flatten(1, 2);
+  return filters.unflatten(0, {s.groups, s.num_samples, s.filters_per_group()}).transpose(0, 1).flatten(1, 2);
 }
 
 // (S N, K, P, Q) seen as (N, G, S, K/G, P, Q).
@@ -70,21 +65,18 @@ at::Tensor by_row_and_group(const ConvCall& call, const at::Tensor& images) {
 
 at::Tensor convolve(const ConvCall& call, const at::Tensor& input, const at::Tensor& filters) {
   const ConvOptions& o = call.options;
-  return at::convolution(input, as_filters(call, filters), std::nullopt, o.stride,
-                         remaining_padding(call.shape), o.dilation, /*transposed=*/false,
+  return at::convolution(input, as_filters(call, filters), std::nullopt, o.stride, remaining_padding(call.shape),
+                         o.dilation, /*transposed=*/false,
                          /*output_padding=*/{0, 0}, o.groups);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_backward(const ConvCall& call,
-                                                                 const at::Tensor& grad,
-                                                                 const at::Tensor& input,
-                                                                 const at::Tensor& filters,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_backward(const ConvCall& call, const at::Tensor& grad,
+                                                                 const at::Tensor& input, const at::Tensor& filters,
                                                                  const Mask& wanted) {
   const ConvOptions& o = call.options;
-  return at::convolution_backward(grad, input, as_filters(call, filters), at::OptionalIntArrayRef(),
-                                  o.stride, remaining_padding(call.shape), o.dilation,
-                                  /*transposed=*/false, /*output_padding=*/{0, 0}, o.groups,
-                                  wanted);
+  return at::convolution_backward(grad, input, as_filters(call, filters), at::OptionalIntArrayRef(), o.stride,
+                                  remaining_padding(call.shape), o.dilation,
+                                  /*transposed=*/false, /*output_padding=*/{0, 0}, o.groups, wanted);
 }
 
 // Rows of one draw where every draw has its own.
@@ -98,20 +90,17 @@ at::Tensor convolve_all(const ConvCall& call, const at::Tensor& input, const at:
   const ConvShape& s = call.shape;
   const int64_t draws = weight.size(0);
   if (draws == 1 && (s.num_samples == 1 || !s.share_input)) {
-    return with_canonical_strides(convolve(call, input, weight.select(0, 0)), call.compute_dtype,
-                                  call.format);
+    return with_canonical_strides(convolve(call, input, weight.select(0, 0)), call.compute_dtype, call.format);
   }
   const at::Tensor output = empty_output(call);
   if (draws == 1) {
     output.unflatten(0, {s.num_samples, s.N}).copy_(convolve(call, input, weight.select(0, 0)));
   } else if (s.share_input) {
     const at::Tensor y = convolve(call, input, stack_filters(call, weight));
-    by_row_and_group(call, output)
-        .copy_(y.unflatten(1, {s.groups, s.num_samples, s.filters_per_group()}));
+    by_row_and_group(call, output).copy_(y.unflatten(1, {s.groups, s.num_samples, s.filters_per_group()}));
   } else {
     for (int64_t draw = 0; draw < draws; ++draw) {
-      rows_of_draw(call, output, draw)
-          .copy_(convolve(call, rows_of_draw(call, input, draw), weight.select(0, draw)));
+      rows_of_draw(call, output, draw).copy_(convolve(call, rows_of_draw(call, input, draw), weight.select(0, draw)));
     }
   }
   return output;
@@ -131,20 +120,18 @@ void forward_library(const ConvCall& call, Forward* out) {
   } else if (!weight.defined()) {
     weight = empty_weight(call, call.shape.num_samples, call.format);
   }
-  draw_parameters(call, is_sampled(call.weight) ? weight : at::Tensor(),
-                  bias_drawn ? bias : at::Tensor(), *out);
+  draw_parameters(call, is_sampled(call.weight) ? weight : at::Tensor(), bias_drawn ? bias : at::Tensor(), *out);
   const at::Tensor input = prepare_input(call);
   if (fused) {
-    const at::Tensor y = fused_relu(call, input, as_filters(call, weight.select(0, 0)),
-                                    bias.select(0, 0), remaining_padding(call.shape));
+    const at::Tensor y = fused_relu(call, input, as_filters(call, weight.select(0, 0)), bias.select(0, 0),
+                                    remaining_padding(call.shape));
     if (y.defined()) {
       out->output = with_canonical_strides(y, call.compute_dtype, call.format);
       return;
     }
   }
   out->output = convolve_all(call, input, weight);
-  apply_bias_activation(call, bias.defined() ? in_dtype(bias, sums) : bias, out->output,
-                        out->pre_activation);
+  apply_bias_activation(call, bias.defined() ? in_dtype(bias, sums) : bias, out->output, out->pre_activation);
 }
 
 namespace {
@@ -173,9 +160,8 @@ Operands backward_by_draw(const ConvCall& call, const at::Tensor& grad, const at
   if (wanted[0]) out.input = at::empty(input.sizes(), input.options().memory_format(call.format));
   if (wanted[1]) out.weight = at::empty(weight.sizes(), input.options());
   for (int64_t draw = 0; draw < weight.size(0); ++draw) {
-    const auto g =
-        convolve_backward(call, rows_of_draw(call, grad, draw), rows_of_draw(call, input, draw),
-                          weight.select(0, draw), wanted);
+    const auto g = convolve_backward(call, rows_of_draw(call, grad, draw), rows_of_draw(call, input, draw),
+                                     weight.select(0, draw), wanted);
     if (wanted[0]) rows_of_draw(call, out.input, draw).copy_(std::get<0>(g));
     if (wanted[1]) out.weight.select(0, draw).copy_(std::get<1>(g));
   }
@@ -194,8 +180,8 @@ Operands backward_library(const ConvCall& call, const ConvBackward& back) {
     const at::Tensor input = prepare_input(call), weight = weight_of_backward(call, back);
     if (s.num_samples > 1 && s.share_input) {
       const at::Tensor stacked = by_row_and_group(call, grad).flatten(1, 3);
-      const auto g = convolve_backward(call, stacked.contiguous(call.format), input,
-                                       stack_filters(call, weight), wanted);
+      const auto g =
+          convolve_backward(call, stacked.contiguous(call.format), input, stack_filters(call, weight), wanted);
       out.input = std::get<0>(g);
       if (wanted[1]) out.weight = unstack_filters(call, std::get<1>(g));
     } else if (weight.size(0) > 1) {
@@ -206,8 +192,7 @@ Operands backward_library(const ConvCall& call, const ConvBackward& back) {
       if (wanted[1]) out.weight = std::get<1>(g).unsqueeze(0);
     }
     if (back.wants_input) {
-      out.input =
-          with_canonical_strides(without_padding(call, out.input), call.compute_dtype, call.format);
+      out.input = with_canonical_strides(without_padding(call, out.input), call.compute_dtype, call.format);
     }
   }
   out.bias = z.grad_bias;

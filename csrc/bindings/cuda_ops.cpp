@@ -19,13 +19,12 @@ using device::Forward;
 using device::Operands;
 
 Algorithm resolve(const ConvCall& call, Direction direction) {
-  const cuda::ConvProblem problem = {call.shape, dtype_of(call.compute_dtype),
-                                     device::tf32_convolutions()};
+  const cuda::ConvProblem problem = {call.shape, dtype_of(call.compute_dtype), device::tf32_convolutions()};
   const auto requested = static_cast<Algorithm>(call.options.algorithm);
   const Choice choice = cuda::select_algorithm(problem, direction, requested);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      choice.reason == nullptr, "algorithm: expected one that can compute the ",
-      direction_name(direction), " of this convolution, got '", choice.name, "': ", choice.reason);
+  TORCH_CHECK_NOT_IMPLEMENTED(choice.reason == nullptr, "algorithm: expected one that can compute the ",
+                              direction_name(direction), " of this convolution, got '", choice.name,
+                              "': ", choice.reason);
   return choice.algorithm;
 }
 
@@ -92,10 +91,8 @@ Operands convolution_gradients(const ConvCall& call, const ConvBackward& back) {
     return out;
   }
   if (!back.wants_input && !back.wants_weight && !back.wants_bias) return {};
-  const Algorithm algorithm =
-      resolve(call, back.wants_input ? Direction::kDgrad : Direction::kWgrad);
-  return algorithm == Algorithm::kLibrary ? device::backward_library(call, back)
-                                          : device::backward_direct(call, back);
+  const Algorithm algorithm = resolve(call, back.wants_input ? Direction::kDgrad : Direction::kWgrad);
+  return algorithm == Algorithm::kLibrary ? device::backward_library(call, back) : device::backward_direct(call, back);
 }
 
 // A weight or bias without noise needs no kernel of ours: by_draw is (draws, shape of loc), and its
@@ -129,8 +126,8 @@ struct ParameterGradients {
 };
 
 template <typename T>
-ParameterGradients parameter_gradients(const ConvCall& call, const Operands& operands,
-                                       const at::Tensor& grad_kl, const std::array<bool, 9>& mask) {
+ParameterGradients parameter_gradients(const ConvCall& call, const Operands& operands, const at::Tensor& grad_kl,
+                                       const std::array<bool, 9>& mask) {
   const std::array<bool, 4> weight_mask = {mask[1], mask[2], mask[5] && call.weight.prior_loc,
                                            mask[6] && call.weight.prior_scale};
   const std::array<bool, 4> bias_mask = {mask[3], mask[4], mask[7] && call.bias.prior_loc,
@@ -148,8 +145,7 @@ ParameterGradients parameter_gradients(const ConvCall& call, const Operands& ope
     out.weight = plain_gradients(call.weight, weight_by_draw(operands), weight_mask);
   }
   if (call.has_bias() && device::is_sampled(call.bias)) {
-    launch.add(call.bias, {operands.bias, {}, {}}, call.options.bias_kl ? grad_kl : at::Tensor(),
-               bias_mask);
+    launch.add(call.bias, {operands.bias, {}, {}}, call.options.bias_kl ? grad_kl : at::Tensor(), bias_mask);
     order.push_back(&out.bias);
   } else if (call.has_bias()) {
     out.bias = plain_gradients(call.bias, operands.bias, bias_mask);
@@ -163,11 +159,9 @@ Tensors9 backward_cuda(const ConvCall& call, const ConvBackward& back, const at:
                        const std::array<bool, 9>& mask) {
   const device::Guard guard(*call.input);
   const Operands operands = convolution_gradients(call, back);
-  const at::Tensor by_kl =
-      grad_kl == nullptr ? at::Tensor() : in_dtype(*grad_kl, call.parameter_dtype());
-  const auto [w, b] = call.parameter_dtype() == at::kDouble
-                          ? parameter_gradients<double>(call, operands, by_kl, mask)
-                          : parameter_gradients<float>(call, operands, by_kl, mask);
+  const at::Tensor by_kl = grad_kl == nullptr ? at::Tensor() : in_dtype(*grad_kl, call.parameter_dtype());
+  const auto [w, b] = call.parameter_dtype() == at::kDouble ? parameter_gradients<double>(call, operands, by_kl, mask)
+                                                            : parameter_gradients<float>(call, operands, by_kl, mask);
   const auto options = call.input->options().memory_format(at::MemoryFormat::Contiguous);
   const at::Tensor input = operands.input.defined() ? operands.input : at::empty({0}, options);
   return {input, w[0], w[1], b[0], b[1], w[2], w[3], b[2], b[3]};

@@ -34,8 +34,7 @@ at::Tensor sum_to_prior(const at::Tensor& full, const at::Tensor& prior) {
 }  // namespace
 
 template <typename T>
-void SampleLaunch<T>::add(const PosteriorTensors& t, const at::Tensor& sample,
-                          const at::Tensor& kl) {
+void SampleLaunch<T>::add(const PosteriorTensors& t, const at::Tensor& sample, const at::Tensor& kl) {
   if (!sample.defined() && !kl.defined()) return;
   cuda::SampleEntry<T> e = {};
   e.posterior = posterior_params<T>(t);
@@ -56,13 +55,12 @@ void SampleLaunch<T>::run(const at::Tensor& like, const device::Site& site) {
   if (entries_.empty()) return;
   const int count = static_cast<int>(entries_.size());
   const device::Workspace workspace(cuda::sample_workspace(entries_.data(), count), like);
-  device::check_launch(
-      cuda::sample(entries_.data(), count, workspace.data(), device::current_stream(like)), site);
+  device::check_launch(cuda::sample(entries_.data(), count, workspace.data(), device::current_stream(like)), site);
 }
 
 template <typename T>
-void GradientLaunch<T>::add(const PosteriorTensors& t, const SampleGradient& by_sample,
-                            const at::Tensor& grad_kl, const std::array<bool, 4>& wanted) {
+void GradientLaunch<T>::add(const PosteriorTensors& t, const SampleGradient& by_sample, const at::Tensor& grad_kl,
+                            const std::array<bool, 4>& wanted) {
   cuda::PosteriorGradEntry<T> e = {};
   e.posterior = posterior_params<T>(t);
   e.seed = seed_pointer(t, &held_);
@@ -97,8 +95,7 @@ void GradientLaunch<T>::add(const PosteriorTensors& t, const SampleGradient& by_
   posteriors_.push_back(t);
   wanted_.push_back(wanted);
   if (t.loc->numel() == 0) return;
-  if (e.grad_loc != nullptr || e.grad_rho != nullptr || e.grad_prior_loc != nullptr ||
-      e.grad_prior_scale != nullptr) {
+  if (e.grad_loc != nullptr || e.grad_rho != nullptr || e.grad_prior_loc != nullptr || e.grad_prior_scale != nullptr) {
     entries_.push_back(e);
   }
 }
@@ -107,10 +104,8 @@ template <typename T>
 void GradientLaunch<T>::bind_gradients(const PosteriorTensors& t, const std::array<bool, 4>& wanted,
                                        cuda::PosteriorGradEntry<T>* e) {
   const std::array<const at::Tensor*, 4> like = {t.loc, t.rho, t.prior_loc, t.prior_scale};
-  const std::array<T**, 4> pointer = {&e->grad_loc, &e->grad_rho, &e->grad_prior_loc,
-                                      &e->grad_prior_scale};
-  const std::array<WeightStrides*, 4> stride = {&e->grad_loc_stride, &e->grad_rho_stride,
-                                                &e->grad_prior_loc_stride,
+  const std::array<T**, 4> pointer = {&e->grad_loc, &e->grad_rho, &e->grad_prior_loc, &e->grad_prior_scale};
+  const std::array<WeightStrides*, 4> stride = {&e->grad_loc_stride, &e->grad_rho_stride, &e->grad_prior_loc_stride,
                                                 &e->grad_prior_scale_stride};
   results_.emplace_back();
   for (size_t i = 0; i < 4; ++i) {
@@ -125,8 +120,8 @@ void GradientLaunch<T>::bind_gradients(const PosteriorTensors& t, const std::arr
       grad = at::zeros(t.loc->sizes(), options);
       continue;
     }
-    grad = is_prior && like[i]->sizes() != t.loc->sizes() ? at::empty(t.loc->sizes(), options)
-                                                          : at::empty_like(*like[i]);
+    grad =
+        is_prior && like[i]->sizes() != t.loc->sizes() ? at::empty(t.loc->sizes(), options) : at::empty_like(*like[i]);
     *pointer[i] = grad.template mutable_data_ptr<T>();
     *stride[i] = posterior_strides(grad, t.loc->dim());
   }
@@ -135,10 +130,9 @@ void GradientLaunch<T>::bind_gradients(const PosteriorTensors& t, const std::arr
 template <typename T>
 std::vector<PosteriorGradientTensors> GradientLaunch<T>::run(const device::Site& site) {
   if (!entries_.empty()) {
-    device::check_launch(
-        cuda::posterior_backward(entries_.data(), static_cast<int>(entries_.size()),
-                                 device::current_stream(*posteriors_[0].loc)),
-        site);
+    device::check_launch(cuda::posterior_backward(entries_.data(), static_cast<int>(entries_.size()),
+                                                  device::current_stream(*posteriors_[0].loc)),
+                         site);
   }
   for (size_t i = 0; i < results_.size(); ++i) {
     auto& grad = results_[i].grad;

@@ -35,8 +35,8 @@ struct PosteriorGradientTensors {
 
 // Where the gradient by a sample stands.
 struct SampleGradient {
-  at::Tensor grad;   // (num_samples, shape of loc), any float dtype and strides; undefined: none
-  at::Tensor slabs;  // instead: (slabs, K, R, S, C/G), float32, contiguous
+  at::Tensor grad;       // (num_samples, shape of loc), any float dtype and strides; undefined: none
+  at::Tensor slabs;      // instead: (slabs, K, R, S, C/G), float32, contiguous
   at::Tensor slabs_eps;  // the same weighed by the noise, where there are several draws
 };
 
@@ -51,8 +51,7 @@ class GradientLaunch {
   std::vector<PosteriorGradientTensors> run(const device::Site& site);
 
  private:
-  void bind_gradients(const PosteriorTensors& t, const std::array<bool, 4>& wanted,
-                      cuda::PosteriorGradEntry<T>* entry);
+  void bind_gradients(const PosteriorTensors& t, const std::array<bool, 4>& wanted, cuda::PosteriorGradEntry<T>* entry);
 
   std::vector<cuda::PosteriorGradEntry<T>> entries_;
   std::vector<PosteriorGradientTensors> results_;

@@ -24,15 +24,14 @@ at::Tensor empty_scalars(at::IntArrayRef sizes, const at::Tensor& parameter) {
 
 // Draws entries into samples; kl[i] undefined: no KL of entry i.
 template <typename T>
-void draw_entries(const std::vector<PosteriorTensors>& entries, at::TensorList samples,
-                  at::TensorList kl, const Site& site) {
+void draw_entries(const std::vector<PosteriorTensors>& entries, at::TensorList samples, at::TensorList kl,
+                  const Site& site) {
   SampleLaunch<T> launch;
   for (size_t i = 0; i < entries.size(); ++i) launch.add(entries[i], samples[i], kl[i]);
   launch.run(*entries[0].loc, site);
 }
 
-void draw(const std::vector<PosteriorTensors>& entries, at::TensorList samples, at::TensorList kl,
-          const Site& site) {
+void draw(const std::vector<PosteriorTensors>& entries, at::TensorList samples, at::TensorList kl, const Site& site) {
   const Guard guard(*entries[0].loc);
   if (is_double(*entries[0].loc)) {
     draw_entries<double>(entries, samples, kl, site);
@@ -41,40 +40,34 @@ void draw(const std::vector<PosteriorTensors>& entries, at::TensorList samples, 
   }
 }
 
-Tensors2 sample_posterior_cuda(const at::Tensor& loc, const OptionalTensor& rho,
-                               const at::Tensor& seed, const OptionalTensor& prior_loc,
-                               const OptionalTensor& prior_scale, Doubles prior, bool with_kl,
-                               double scale_floor, int64_t stream, int64_t num_samples,
-                               int64_t offset_add, int64_t element_offset,
-                               std::optional<at::ScalarType> dtype) {
-  PosteriorTensors t =
-      posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
+Tensors2 sample_posterior_cuda(const at::Tensor& loc, const OptionalTensor& rho, const at::Tensor& seed,
+                               const OptionalTensor& prior_loc, const OptionalTensor& prior_scale, Doubles prior,
+                               bool with_kl, double scale_floor, int64_t stream, int64_t num_samples,
+                               int64_t offset_add, int64_t element_offset, std::optional<at::ScalarType> dtype) {
+  PosteriorTensors t = posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
   set_noise(&t, seed, stream, offset_add, element_offset);
   const std::vector<int64_t> sizes = sample_sizes(loc, num_samples);
   if (loc.dim() > 4) {
-    const auto [sample, kl] = sample_posterior_cuda(
-        merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), seed,
-        merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, with_kl,
-        scale_floor, stream, num_samples, offset_add, element_offset, dtype);
+    const auto [sample, kl] =
+        sample_posterior_cuda(merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), seed,
+                              merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, with_kl,
+                              scale_floor, stream, num_samples, offset_add, element_offset, dtype);
     return {sample.reshape(sizes), kl};
   }
-  const at::Tensor sample = at::empty(sizes, loc.options()
-                                                 .dtype(checked_sample_dtype(loc, dtype))
-                                                 .memory_format(at::MemoryFormat::Contiguous));
+  const at::Tensor sample = at::empty(
+      sizes, loc.options().dtype(checked_sample_dtype(loc, dtype)).memory_format(at::MemoryFormat::Contiguous));
   const at::Tensor kl = with_kl ? empty_scalars({}, loc) : at::Tensor();
   draw({t}, {sample}, {kl}, {"fastbconv::sample_posterior", "loc", loc.sizes()});
   return {sample, with_kl ? kl : empty_scalars({0}, loc)};
 }
 
 SampleListResult sample_list_cuda(at::TensorList loc, at::TensorList rho, const at::Tensor& seed,
-                                  const OptionalTensors& prior_loc,
-                                  const OptionalTensors& prior_scale, Doubles prior,
-                                  c10::List<bool> with_kl, double scale_floor,
-                                  at::IntArrayRef stream, int64_t offset_add,
-                                  at::IntArrayRef element_offset, c10::List<bool> cast,
+                                  const OptionalTensors& prior_loc, const OptionalTensors& prior_scale, Doubles prior,
+                                  c10::List<bool> with_kl, double scale_floor, at::IntArrayRef stream,
+                                  int64_t offset_add, at::IntArrayRef element_offset, c10::List<bool> cast,
                                   std::optional<at::ScalarType> dtype) {
-  const PosteriorList list = checked_list(loc, rho, seed, prior_loc, prior_scale,
-                                          {prior, scale_floor, stream, offset_add, element_offset});
+  const PosteriorList list =
+      checked_list(loc, rho, seed, prior_loc, prior_scale, {prior, scale_floor, stream, offset_add, element_offset});
   expect_length("with_kl", list.size(), with_kl.size());
   expect_length("cast", list.size(), cast.size());
   bool all_kl = true;
@@ -95,24 +88,19 @@ SampleListResult sample_list_cuda(at::TensorList loc, at::TensorList rho, const 
 // grad_samples: (num_samples, ...) by entry; grad_kl: one element by entry; both may be undefined.
 template <typename T>
 std::vector<PosteriorGradientTensors> entry_gradients(const std::vector<PosteriorTensors>& entries,
-                                                      at::TensorList grad_samples,
-                                                      at::TensorList grad_kl,
-                                                      const std::vector<std::array<bool, 4>>& masks,
-                                                      const Site& site) {
+                                                      at::TensorList grad_samples, at::TensorList grad_kl,
+                                                      const std::vector<std::array<bool, 4>>& masks, const Site& site) {
   GradientLaunch<T> launch;
-  for (size_t i = 0; i < entries.size(); ++i)
-    launch.add(entries[i], {grad_samples[i], {}, {}}, grad_kl[i], masks[i]);
+  for (size_t i = 0; i < entries.size(); ++i) launch.add(entries[i], {grad_samples[i], {}, {}}, grad_kl[i], masks[i]);
   return launch.run(site);
 }
 
 std::vector<PosteriorGradientTensors> gradients(const std::vector<PosteriorTensors>& entries,
                                                 at::TensorList grad_samples, at::TensorList grad_kl,
-                                                const std::vector<std::array<bool, 4>>& masks,
-                                                const Site& site) {
+                                                const std::vector<std::array<bool, 4>>& masks, const Site& site) {
   const Guard guard(*entries[0].loc);
-  return is_double(*entries[0].loc)
-             ? entry_gradients<double>(entries, grad_samples, grad_kl, masks, site)
-             : entry_gradients<float>(entries, grad_samples, grad_kl, masks, site);
+  return is_double(*entries[0].loc) ? entry_gradients<double>(entries, grad_samples, grad_kl, masks, site)
+                                    : entry_gradients<float>(entries, grad_samples, grad_kl, masks, site);
 }
 
 at::Tensor checked_grad_kl(const at::Tensor* grad_kl, const at::Tensor& loc) {
@@ -123,20 +111,18 @@ at::Tensor checked_grad_kl(const at::Tensor* grad_kl, const at::Tensor& loc) {
 }
 
 // A gradient of merged taps, in the shape of its prior.
-at::Tensor split_prior_taps(const at::Tensor& grad, const OptionalTensor& prior,
-                            at::IntArrayRef sizes) {
+at::Tensor split_prior_taps(const at::Tensor& grad, const OptionalTensor& prior, at::IntArrayRef sizes) {
   const at::Tensor* like = get_if_defined(prior);
   if (like == nullptr || grad.dim() != 4) return grad;
   return grad.reshape(sizes).sum_to_size(like->sizes());
 }
 
-Tensors4 sample_posterior_backward_cuda(
-    const OptionalTensor& grad_sample, const OptionalTensor& grad_kl, const at::Tensor& loc,
-    const OptionalTensor& rho, const at::Tensor& seed, const OptionalTensor& prior_loc,
-    const OptionalTensor& prior_scale, Doubles prior, double scale_floor, int64_t stream,
-    int64_t num_samples, int64_t offset_add, int64_t element_offset, std::array<bool, 4> mask) {
-  PosteriorTensors t =
-      posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
+Tensors4 sample_posterior_backward_cuda(const OptionalTensor& grad_sample, const OptionalTensor& grad_kl,
+                                        const at::Tensor& loc, const OptionalTensor& rho, const at::Tensor& seed,
+                                        const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
+                                        Doubles prior, double scale_floor, int64_t stream, int64_t num_samples,
+                                        int64_t offset_add, int64_t element_offset, std::array<bool, 4> mask) {
+  PosteriorTensors t = posterior_tensors(loc, get_if_defined(rho), prior_loc, prior_scale, prior, scale_floor);
   set_noise(&t, seed, stream, offset_add, element_offset);
   const std::vector<int64_t> sizes = sample_sizes(loc, num_samples);
   const at::Tensor* grad = get_if_defined(grad_sample);
@@ -146,31 +132,31 @@ Tensors4 sample_posterior_backward_cuda(
     expect_gradient_dtype("grad_sample", *grad);
   }
   if (loc.dim() <= 4) {
-    const auto g = gradients({t}, {grad == nullptr ? at::Tensor() : *grad},
-                             {checked_grad_kl(get_if_defined(grad_kl), loc)}, {mask},
-                             {"fastbconv::sample_posterior_backward", "loc", loc.sizes()})[0]
-                       .grad;
+    const auto g =
+        gradients({t}, {grad == nullptr ? at::Tensor() : *grad}, {checked_grad_kl(get_if_defined(grad_kl), loc)},
+                  {mask}, {"fastbconv::sample_posterior_backward", "loc", loc.sizes()})[0]
+            .grad;
     return {g[0], g[1], g[2], g[3]};
   }
   OptionalTensor merged_grad;
-  if (grad != nullptr)
-    merged_grad = grad->reshape({num_samples, sizes[1], sizes[2], -1, sizes.back()});
-  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] = sample_posterior_backward_cuda(
-      merged_grad, grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), seed,
-      merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, scale_floor,
-      stream, num_samples, offset_add, element_offset, mask);
+  if (grad != nullptr) merged_grad = grad->reshape({num_samples, sizes[1], sizes[2], -1, sizes.back()});
+  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] =
+      sample_posterior_backward_cuda(merged_grad, grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
+                                     seed, merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()),
+                                     prior, scale_floor, stream, num_samples, offset_add, element_offset, mask);
   return {split_taps(g_loc, &loc), split_taps(g_rho, get_if_defined(rho)),
           split_prior_taps(g_prior_loc, prior_loc, loc.sizes()),
           split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
 }
 
-std::vector<at::Tensor> sample_list_backward_cuda(
-    const OptionalTensors& grad_sample, const OptionalTensor& grad_kl, at::TensorList loc,
-    at::TensorList rho, const at::Tensor& seed, const OptionalTensors& prior_loc,
-    const OptionalTensors& prior_scale, Doubles prior, double scale_floor, at::IntArrayRef stream,
-    int64_t offset_add, at::IntArrayRef element_offset, c10::List<bool> output_mask) {
-  const PosteriorList list = checked_list(loc, rho, seed, prior_loc, prior_scale,
-                                          {prior, scale_floor, stream, offset_add, element_offset});
+std::vector<at::Tensor> sample_list_backward_cuda(const OptionalTensors& grad_sample, const OptionalTensor& grad_kl,
+                                                  at::TensorList loc, at::TensorList rho, const at::Tensor& seed,
+                                                  const OptionalTensors& prior_loc, const OptionalTensors& prior_scale,
+                                                  Doubles prior, double scale_floor, at::IntArrayRef stream,
+                                                  int64_t offset_add, at::IntArrayRef element_offset,
+                                                  c10::List<bool> output_mask) {
+  const PosteriorList list =
+      checked_list(loc, rho, seed, prior_loc, prior_scale, {prior, scale_floor, stream, offset_add, element_offset});
   const size_t count = list.size();
   const at::Tensor* by_kl = get_if_defined(grad_kl);
   std::vector<at::Tensor> by_sample = checked_list_gradients(list, grad_sample, by_kl);
@@ -197,24 +183,21 @@ std::vector<at::Tensor> sample_list_backward_cuda(
   return out;
 }
 
-at::Tensor kl_normal_cuda(const at::Tensor& loc, const at::Tensor& rho,
-                          const OptionalTensor& prior_loc, const OptionalTensor& prior_scale,
-                          Doubles prior, double scale_floor) {
+at::Tensor kl_normal_cuda(const at::Tensor& loc, const at::Tensor& rho, const OptionalTensor& prior_loc,
+                          const OptionalTensor& prior_scale, Doubles prior, double scale_floor) {
   expect_defined("rho", rho);
   const auto t = posterior_tensors(loc, &rho, prior_loc, prior_scale, prior, scale_floor);
   if (loc.dim() > 4) {
     return kl_normal_cuda(merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
-                          merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()),
-                          prior, scale_floor);
+                          merge_taps(prior_loc, loc.sizes()), merge_taps(prior_scale, loc.sizes()), prior, scale_floor);
   }
   const at::Tensor kl = empty_scalars({}, loc);
   draw({t}, {at::Tensor()}, {kl}, {"fastbconv::kl_normal", "loc", loc.sizes()});
   return kl;
 }
 
-Tensors4 kl_normal_backward_cuda(const at::Tensor& grad_kl, const at::Tensor& loc,
-                                 const at::Tensor& rho, const OptionalTensor& prior_loc,
-                                 const OptionalTensor& prior_scale, Doubles prior,
+Tensors4 kl_normal_backward_cuda(const at::Tensor& grad_kl, const at::Tensor& loc, const at::Tensor& rho,
+                                 const OptionalTensor& prior_loc, const OptionalTensor& prior_scale, Doubles prior,
                                  double scale_floor, std::array<bool, 4> mask) {
   expect_defined("grad_kl", grad_kl);
   expect_defined("rho", rho);
@@ -225,20 +208,17 @@ Tensors4 kl_normal_backward_cuda(const at::Tensor& grad_kl, const at::Tensor& lo
                        .grad;
     return {g[0], g[1], g[2], g[3]};
   }
-  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] =
-      kl_normal_backward_cuda(grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()),
-                              merge_taps(prior_loc, loc.sizes()),
-                              merge_taps(prior_scale, loc.sizes()), prior, scale_floor, mask);
-  return {split_taps(g_loc, &loc), split_taps(g_rho, &rho),
-          split_prior_taps(g_prior_loc, prior_loc, loc.sizes()),
+  const auto [g_loc, g_rho, g_prior_loc, g_prior_scale] = kl_normal_backward_cuda(
+      grad_kl, merge_taps(loc, loc.sizes()), merge_taps(rho, loc.sizes()), merge_taps(prior_loc, loc.sizes()),
+      merge_taps(prior_scale, loc.sizes()), prior, scale_floor, mask);
+  return {split_taps(g_loc, &loc), split_taps(g_rho, &rho), split_prior_taps(g_prior_loc, prior_loc, loc.sizes()),
           split_prior_taps(g_prior_scale, prior_scale, loc.sizes())};
 }
 
-using DrawLauncher = int (*)(const int64_t*, int64_t, Stream, int64_t, int64_t, float*,
-                             cuda::StreamHandle);
+using DrawLauncher = int (*)(const int64_t*, int64_t, Stream, int64_t, int64_t, float*, cuda::StreamHandle);
 
-at::Tensor draw_elements(DrawLauncher launch, const char* op, const at::Tensor& seed, int64_t numel,
-                         int64_t stream, int64_t sample, int64_t element_offset) {
+at::Tensor draw_elements(DrawLauncher launch, const char* op, const at::Tensor& seed, int64_t numel, int64_t stream,
+                         int64_t sample, int64_t element_offset) {
   const Stream which = check_draw(seed, numel, stream, element_offset);
   const Guard guard(seed);
   const at::Tensor key = seed.contiguous();
@@ -250,16 +230,14 @@ at::Tensor draw_elements(DrawLauncher launch, const char* op, const at::Tensor& 
   return out;
 }
 
-at::Tensor standard_normal_cuda(const at::Tensor& seed, int64_t numel, int64_t stream,
-                                int64_t sample, int64_t element_offset) {
-  return draw_elements(cuda::normals, "fastbconv::standard_normal", seed, numel, stream, sample,
-                       element_offset);
+at::Tensor standard_normal_cuda(const at::Tensor& seed, int64_t numel, int64_t stream, int64_t sample,
+                                int64_t element_offset) {
+  return draw_elements(cuda::normals, "fastbconv::standard_normal", seed, numel, stream, sample, element_offset);
 }
 
 at::Tensor random_signs_cuda(const at::Tensor& seed, int64_t numel, int64_t stream, int64_t sample,
                              int64_t element_offset) {
-  return draw_elements(cuda::signs, "fastbconv::random_signs", seed, numel, stream, sample,
-                       element_offset);
+  return draw_elements(cuda::signs, "fastbconv::random_signs", seed, numel, stream, sample, element_offset);
 }
 
 // Words beyond 32 bits, which the CPU refuses, are cut off: values are not looked at here.
@@ -270,9 +248,8 @@ at::Tensor philox4x32_10_cuda(const at::Tensor& counter, const at::Tensor& key) 
   const at::Tensor out = at::empty(counters.sizes(), counters.options());
   if (out.numel() == 0) return out;
   device::check_launch(
-      cuda::philox(counters.const_data_ptr<int64_t>(), keys.const_data_ptr<int64_t>(),
-                   counters.numel() / 4, out.mutable_data_ptr<int64_t>(),
-                   device::current_stream(counter)),
+      cuda::philox(counters.const_data_ptr<int64_t>(), keys.const_data_ptr<int64_t>(), counters.numel() / 4,
+                   out.mutable_data_ptr<int64_t>(), device::current_stream(counter)),
       {"fastbconv::philox4x32_10", "counter", counter.sizes()});
   return out;
 }
@@ -283,10 +260,9 @@ at::Tensor derive_seeds_cuda(const at::Tensor& seed, int64_t first, int64_t coun
   const at::Tensor parent = seed.contiguous();
   const at::Tensor out = at::empty({count, 2}, seed.options());
   if (count == 0) return out;
-  device::check_launch(
-      cuda::derive_seeds(parent.const_data_ptr<int64_t>(), first, count,
-                         out.mutable_data_ptr<int64_t>(), device::current_stream(seed)),
-      {"fastbconv::derive_seeds", "output", out.sizes()});
+  device::check_launch(cuda::derive_seeds(parent.const_data_ptr<int64_t>(), first, count,
+                                          out.mutable_data_ptr<int64_t>(), device::current_stream(seed)),
+                       {"fastbconv::derive_seeds", "output", out.sizes()});
   return out;
 }
 

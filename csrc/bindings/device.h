@@ -36,13 +36,9 @@ struct Guard {
   explicit Guard(const at::Tensor&) {}
 };
 inline void* current_stream(const at::Tensor&) { return nullptr; }
-inline std::string error_text(int status) {
-  return "the interpreter's error " + std::to_string(status);
-}
+inline std::string error_text(int status) { return "the interpreter's error " + std::to_string(status); }
 // ATen's 16-bit convolutions of a CPU are wrong for some shapes: float32 is rounded instead.
-inline at::ScalarType convolution_dtype(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
+inline at::ScalarType convolution_dtype(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 #else
 constexpr at::DeviceType kType = at::kCUDA;
 struct Guard {
@@ -74,8 +70,8 @@ inline void check_launch(int status, const Site& site) {
   if (site.second_name == nullptr) {
     TORCH_CHECK(false, site.op, " of ", site.first_name, " ", site.first, ": CUDA error: ", text);
   }
-  TORCH_CHECK(false, site.op, " of ", site.first_name, " ", site.first, ", ", site.second_name, " ",
-              site.second, ": CUDA error: ", text);
+  TORCH_CHECK(false, site.op, " of ", site.first_name, " ", site.first, ", ", site.second_name, " ", site.second,
+              ": CUDA error: ", text);
 }
 
 // Scratch memory of one launch, aligned to 256 bytes; null where none is needed. An ordinary
@@ -106,9 +102,7 @@ bool allows_tf32(bool (at::Context::*allows)(std::optional<Op>) const) {
 inline bool allows_tf32(bool (at::Context::*allows)(const std::string&) const) {
   return (at::globalContext().*allows)("conv");
 }
-inline bool allows_tf32(bool (at::Context::*allows)() const) {
-  return (at::globalContext().*allows)();
-}
+inline bool allows_tf32(bool (at::Context::*allows)() const) { return (at::globalContext().*allows)(); }
 inline bool tf32_convolutions() { return allows_tf32(&at::Context::allowTF32CuDNN); }
 
 }  // namespace fbc::device

@@ -58,8 +58,7 @@ void activate_in_place(at::Tensor& z, Activation activation, double param) {
   }
 }
 
-at::Tensor activation_gradient(const at::Tensor& grad, const at::Tensor& saved,
-                               Activation activation, double param) {
+at::Tensor activation_gradient(const at::Tensor& grad, const at::Tensor& saved, Activation activation, double param) {
   using Selu = ActivationConstants<double>;
   const at::Tensor& y = saved;
   switch (activation) {
@@ -68,8 +67,7 @@ at::Tensor activation_gradient(const at::Tensor& grad, const at::Tensor& saved,
     case Activation::kRelu6: return at::hardtanh_backward(grad, y, 0, 6);
     case Activation::kLeakyRelu: return at::leaky_relu_backward(grad, y, param, true);
     case Activation::kElu: return at::elu_backward(grad, param, 1, 1, true, y);
-    case Activation::kSelu:
-      return at::elu_backward(grad, Selu::kSeluAlpha, Selu::kSeluScale, 1, true, y);
+    case Activation::kSelu: return at::elu_backward(grad, Selu::kSeluAlpha, Selu::kSeluScale, 1, true, y);
     case Activation::kSigmoid: return at::sigmoid_backward(grad, y);
     case Activation::kTanh: return at::tanh_backward(grad, y);
     case Activation::kSoftplus: return y.neg().expm1_().neg_().mul_(grad);

@@ -12,7 +12,6 @@ namespace fbc {
 void activate_in_place(at::Tensor& z, Activation activation, double param);
 
 // grad * activation'(saved), saved being the output or, where needs_pre_activation(), z.
-at::Tensor activation_gradient(const at::Tensor& grad, const at::Tensor& saved,
-                               Activation activation, double param);
+at::Tensor activation_gradient(const at::Tensor& grad, const at::Tensor& saved, Activation activation, double param);
 
 }  // namespace fbc

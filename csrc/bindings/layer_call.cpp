@@ -117,10 +117,10 @@ class LayerCall {
                     int64_t algorithm, bool keep_weight) const {
     static const auto op = find_op<Bconv2dSignature>("fastbconv::bconv2d");
     const auto call = [&](const at::Tensor& image, const at::Tensor& filter, const at::Tensor& filter_rho) {
-      return op.call(image, filter, filter_rho, bias, bias_rho, seed ? *seed : drawn_seed(x),
-                     std::nullopt, std::nullopt, std::nullopt, std::nullopt, prior_, with_kl,
-                     with_kl && bias_rho.has_value(), scale_floor_, stride_, padding_, dilation_, groups_, activation_,
-                     activation_param_, /*num_samples=*/1, /*share_input=*/false, offset_add,
+      return op.call(image, filter, filter_rho, bias, bias_rho, seed ? *seed : drawn_seed(x), std::nullopt,
+                     std::nullopt, std::nullopt, std::nullopt, prior_, with_kl, with_kl && bias_rho.has_value(),
+                     scale_floor_, stride_, padding_, dilation_, groups_, activation_, activation_param_,
+                     /*num_samples=*/1, /*share_input=*/false, offset_add,
                      /*element_offset=*/{0, 0}, algorithm, keep_weight, /*save_pre_activation=*/false);
     };
     if (rank_ == 2) return call(one_channel(x, loc), loc, rho);
@@ -165,14 +165,15 @@ class LayerCall {
 }  // namespace
 
 void define_layer_call(py::module_& m) {
-  m.def("reshaped", [](const at::Tensor& output, const std::vector<int64_t>& shape) { return reshaped(output, shape); },
-        "The same memory and version in another shape, and no view: see reshaped() in autograd.h.");
+  m.def(
+      "reshaped", [](const at::Tensor& output, const std::vector<int64_t>& shape) { return reshaped(output, shape); },
+      "The same memory and version in another shape, and no view: see reshaped() in autograd.h.");
   py::class_<LayerCall>(m, "LayerCall", "The constant arguments of a layer's calls.")
       .def(py::init<std::array<double, 4>, double, std::array<int64_t, 2>, std::array<int64_t, 4>,
                     std::array<int64_t, 2>, int64_t, int64_t, double, int64_t, bool>(),
            py::kw_only(), py::arg("prior"), py::arg("scale_floor"), py::arg("stride"), py::arg("padding"),
-           py::arg("dilation"), py::arg("groups"), py::arg("activation"), py::arg("activation_param"),
-           py::arg("rank"), py::arg("cuda"))
+           py::arg("dilation"), py::arg("groups"), py::arg("activation"), py::arg("activation_param"), py::arg("rank"),
+           py::arg("cuda"))
       .def("__call__", &LayerCall::call, "The output, (output, KL), or None: this call goes the long way.");
 }
 

@@ -123,15 +123,14 @@ Dtype dtype_by_name(const std::string& name) {
   if (name == "float64") return Dtype::kFloat64;
   if (name == "bfloat16") return Dtype::kBFloat16;
   if (name == "float16") return Dtype::kFloat16;
-  throw py::value_error("dtype: expected 'float32', 'float64', 'bfloat16' or 'float16', got '" +
-                        name + "'");
+  throw py::value_error("dtype: expected 'float32', 'float64', 'bfloat16' or 'float16', got '" + name + "'");
 }
 
 template <size_t kLength>
 std::array<int64_t, kLength> expect_values(const char* name, const std::vector<int64_t>& values) {
   if (values.size() != kLength) {
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(kLength) +
-                          " values, got " + std::to_string(values.size()));
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(kLength) + " values, got " +
+                          std::to_string(values.size()));
   }
   std::array<int64_t, kLength> out = {};
   std::copy(values.begin(), values.end(), out.begin());
@@ -173,16 +172,14 @@ py::list explain_on_cuda(const ConvShape& shape, Dtype dtype) {
 
 py::list explain_conv(const std::vector<int64_t>& input, const std::vector<int64_t>& weight,
                       const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                      const std::vector<int64_t>& dilation, int64_t groups, int64_t num_samples,
-                      bool share_input, const std::string& dtype, bool channels_last,
-                      const std::string& device) {
+                      const std::vector<int64_t>& dilation, int64_t groups, int64_t num_samples, bool share_input,
+                      const std::string& dtype, bool channels_last, const std::string& device) {
   const auto [N, C, H, W] = expect_values<4>("input", input);
   const auto [K, c, R, S] = expect_values<4>("weight", weight);
   const auto [stride_h, stride_w] = expect_values<2>("stride", stride);
   const auto [top, bottom, left, right] = expect_values<4>("padding", padding);
   const auto [dilation_h, dilation_w] = expect_values<2>("dilation", dilation);
-  if (groups < 1)
-    throw py::value_error("groups: expected at least 1, got " + std::to_string(groups));
+  if (groups < 1) throw py::value_error("groups: expected at least 1, got " + std::to_string(groups));
   if (num_samples < 1) {
     throw py::value_error("num_samples: expected at least 1, got " + std::to_string(num_samples));
   }
@@ -202,15 +199,14 @@ py::list explain_conv(const std::vector<int64_t>& input, const std::vector<int64
   if (device != "cpu") {
     throw py::value_error("device: expected 'cpu' or 'cuda', got '" + device + "'");
   }
-  const ConvProblem problem = {shape, dtype_by_name(dtype), channels_last, current_isa(),
-                               current_bf16(), at::globalContext().deterministicAlgorithms()};
+  const ConvProblem problem = {shape,         dtype_by_name(dtype), channels_last,
+                               current_isa(), current_bf16(),       at::globalContext().deterministicAlgorithms()};
   return rows_of(problem, candidates(), kNumCandidates, select_algorithm);
 }
 
 std::vector<bool> activations_from_pre_activation() {
   std::vector<bool> flags;
-  for (int32_t id = 0; id < kNumActivations; ++id)
-    flags.push_back(needs_pre_activation(static_cast<Activation>(id)));
+  for (int32_t id = 0; id < kNumActivations; ++id) flags.push_back(needs_pre_activation(static_cast<Activation>(id)));
   return flags;
 }
 
@@ -230,17 +226,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("limit_isa", &fbc::limit_isa_by_name, py::arg("name"), "Use at most this instruction set.");
   m.def("use_huge_pages", &fbc::use_huge_pages, py::arg("use"),
         "Whether large fresh memory is advised to be of huge pages; on from the start.");
-  m.def("threads_used", &fbc::threads_used, py::arg("tasks"),
-        py::call_guard<py::gil_scoped_release>(),
+  m.def("threads_used", &fbc::threads_used, py::arg("tasks"), py::call_guard<py::gil_scoped_release>(),
         "Number of distinct threads that ran `tasks` parallel tasks.");
 #if !defined(FBC_SIMT_HOST)  // which is compiled without the CPU kernels
   m.def("multiply_add_rate", &fbc::multiply_add_rate, py::arg("iterations"),
         "float32 operations a second of all threads, measured on registers, `iterations` long.");
 #endif
-  m.def("explain_conv", &fbc::explain_conv, py::arg("input"), py::arg("weight"), py::kw_only(),
-        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
-        py::arg("num_samples"), py::arg("share_input"), py::arg("dtype"), py::arg("channels_last"),
-        py::arg("device") = "cpu",
+  m.def("explain_conv", &fbc::explain_conv, py::arg("input"), py::arg("weight"), py::kw_only(), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("num_samples"), py::arg("share_input"),
+        py::arg("dtype"), py::arg("channels_last"), py::arg("device") = "cpu",
         "Candidates of a convolution, best first, per direction, with reasons.");
   m.def("activations_from_pre_activation", &fbc::activations_from_pre_activation,
         "Per activation id: whether backward needs the pre-activation.");

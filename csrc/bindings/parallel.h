@@ -47,9 +47,7 @@ inline void run_parallel(int64_t tasks, void (*task)(void*, int32_t, int64_t, in
   constexpr int64_t kMostShares = 64, kMostTasks = int64_t{1} << 31;
   const int64_t shares = std::min<int64_t>(at::get_num_threads(), tasks);
   if (shares > kMostShares || tasks > kMostTasks) {
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      task(context, at::get_thread_num(), begin, end);
-    });
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { task(context, at::get_thread_num(), begin, end); });
     return;
   }
   TaskShare share[kMostShares];

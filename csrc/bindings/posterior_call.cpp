@@ -21,10 +21,8 @@ at::Tensor split_taps(const at::Tensor& grad, const at::Tensor* parameter) {
   return at::empty_like(*parameter).copy_(grad.reshape(parameter->sizes()));
 }
 
-PosteriorTensors posterior_tensors(const at::Tensor& loc, const at::Tensor* rho,
-                                   const OptionalTensor& prior_loc,
-                                   const OptionalTensor& prior_scale, Doubles prior,
-                                   double scale_floor) {
+PosteriorTensors posterior_tensors(const at::Tensor& loc, const at::Tensor* rho, const OptionalTensor& prior_loc,
+                                   const OptionalTensor& prior_scale, Doubles prior, double scale_floor) {
   expect_length("prior", 2, prior.size());
   expect_parameter("loc", loc);
   PosteriorTensors t = {};
@@ -40,16 +38,14 @@ PosteriorTensors posterior_tensors(const at::Tensor& loc, const at::Tensor* rho,
 }
 
 Stream checked_stream(int64_t stream) {
-  TORCH_CHECK_VALUE(stream >= 0 && stream < 16, "stream: expected a number from 0 to 15, got ",
-                    stream);
+  TORCH_CHECK_VALUE(stream >= 0 && stream < 16, "stream: expected a number from 0 to 15, got ", stream);
   return static_cast<Stream>(stream);
 }
 
 void set_noise(PosteriorTensors* t, const at::Tensor& seed, int64_t stream, int64_t offset_add,
                int64_t element_offset) {
   expect_seed(t->loc->device(), seed);
-  TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ",
-                    element_offset);
+  TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ", element_offset);
   t->seed = &seed;
   t->offset_add = offset_add;
   t->stream = checked_stream(stream);
@@ -66,25 +62,22 @@ std::vector<int64_t> sample_sizes(const at::Tensor& loc, int64_t num_samples) {
 at::ScalarType checked_sample_dtype(const at::Tensor& loc, std::optional<at::ScalarType> dtype) {
   const at::ScalarType type = dtype.value_or(loc.scalar_type());
   const bool is_double = loc.scalar_type() == at::kDouble;
-  TORCH_CHECK_TYPE(is_double ? type == at::kDouble
-                             : type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
-                   "dtype: expected ", is_double ? "float64" : "float32, bfloat16 or float16",
-                   " for a parameter of ", loc.scalar_type(), ", got ", type);
+  TORCH_CHECK_TYPE(is_double ? type == at::kDouble : type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
+                   "dtype: expected ", is_double ? "float64" : "float32, bfloat16 or float16", " for a parameter of ",
+                   loc.scalar_type(), ", got ", type);
   return type;
 }
 
 Stream check_draw(const at::Tensor& seed, int64_t numel, int64_t stream, int64_t element_offset) {
   expect_seed(seed.device(), seed);
   TORCH_CHECK_VALUE(numel >= 0, "numel: expected a value of at least 0, got ", numel);
-  TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ",
-                    element_offset);
+  TORCH_CHECK_VALUE(element_offset >= 0, "element_offset: expected a value of at least 0, got ", element_offset);
   return checked_stream(stream);
 }
 
 void check_philox(const at::Tensor& counter, const at::Tensor& key) {
   for (const auto& [name, tensor, words] :
-       {std::tuple<const char*, const at::Tensor*, int64_t>("counter", &counter, 4),
-        {"key", &key, 2}}) {
+       {std::tuple<const char*, const at::Tensor*, int64_t>("counter", &counter, 4), {"key", &key, 2}}) {
     expect_defined(name, *tensor);
     expect_dtype(name, at::kLong, *tensor);
     expect_device(name, counter.device(), *tensor);
@@ -105,9 +98,8 @@ void check_derive(const at::Tensor& seed, int64_t first, int64_t count) {
 
 namespace {
 
-void check_lengths(at::TensorList loc, at::TensorList rho, const at::Tensor& seed,
-                   const OptionalTensors& prior_loc, const OptionalTensors& prior_scale,
-                   const ListOptions& o) {
+void check_lengths(at::TensorList loc, at::TensorList rho, const at::Tensor& seed, const OptionalTensors& prior_loc,
+                   const OptionalTensors& prior_scale, const ListOptions& o) {
   const size_t count = loc.size();
   TORCH_CHECK_VALUE(count > 0, "loc: expected at least one tensor, got none");
   expect_length("rho", count, rho.size());
@@ -122,8 +114,7 @@ void check_lengths(at::TensorList loc, at::TensorList rho, const at::Tensor& see
 }
 
 // Keeps a tensor of an entry, with merged taps where the entry has them.
-const at::Tensor* hold(std::vector<at::Tensor>* held, const OptionalTensor& tensor,
-                       const at::Tensor& loc) {
+const at::Tensor* hold(std::vector<at::Tensor>* held, const OptionalTensor& tensor, const at::Tensor& loc) {
   const at::Tensor* given = get_if_defined(tensor);
   if (given == nullptr) return nullptr;
   held->push_back(loc.dim() > 4 ? merge_taps(*given, loc.sizes()) : *given);
@@ -133,8 +124,7 @@ const at::Tensor* hold(std::vector<at::Tensor>* held, const OptionalTensor& tens
 }  // namespace
 
 PosteriorList checked_list(at::TensorList loc, at::TensorList rho, const at::Tensor& seed,
-                           const OptionalTensors& prior_loc, const OptionalTensors& prior_scale,
-                           const ListOptions& o) {
+                           const OptionalTensors& prior_loc, const OptionalTensors& prior_scale, const ListOptions& o) {
   check_lengths(loc, rho, seed, prior_loc, prior_scale, o);
   PosteriorList list(loc);
   list.held.reserve(5 * loc.size());
@@ -159,8 +149,7 @@ PosteriorList checked_list(at::TensorList loc, at::TensorList rho, const at::Ten
 }
 
 at::Tensor empty_sample(const at::Tensor& loc, at::ScalarType dtype) {
-  const auto format =
-      loc.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const auto format = loc.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   return at::empty(loc.sizes(), loc.options().dtype(dtype).memory_format(format));
 }
 
@@ -168,8 +157,7 @@ at::Tensor in_entry_shape(const at::Tensor& sample, const PosteriorTensors& entr
   return sample.dim() > 4 ? sample.reshape(entry.loc->sizes()) : sample;
 }
 
-std::vector<at::Tensor> checked_list_gradients(const PosteriorList& list,
-                                               const OptionalTensors& grad_sample,
+std::vector<at::Tensor> checked_list_gradients(const PosteriorList& list, const OptionalTensors& grad_sample,
                                                const at::Tensor* grad_kl) {
   expect_length("grad_sample", list.size(), grad_sample.size());
   if (grad_kl != nullptr) {
@@ -191,8 +179,8 @@ std::vector<at::Tensor> checked_list_gradients(const PosteriorList& list,
 
 std::array<bool, 4> wanted_of(const c10::List<bool>& output_mask, size_t entry, size_t count) {
   expect_length("output_mask", 4 * count, output_mask.size());
-  return {output_mask.get(entry), output_mask.get(count + entry),
-          output_mask.get(2 * count + entry), output_mask.get(3 * count + entry)};
+  return {output_mask.get(entry), output_mask.get(count + entry), output_mask.get(2 * count + entry),
+          output_mask.get(3 * count + entry)};
 }
 
 }  // namespace fbc

@@ -20,16 +20,13 @@ at::Tensor split_taps(const at::Tensor& grad, const at::Tensor* parameter);
 
 // One posterior without noise. The result points into the arguments. rho comes as a pointer: as an
 // OptionalTensor a plain tensor would be copied into a temporary that is gone on return.
-PosteriorTensors posterior_tensors(const at::Tensor& loc, const at::Tensor* rho,
-                                   const OptionalTensor& prior_loc,
-                                   const OptionalTensor& prior_scale, Doubles prior,
-                                   double scale_floor);
+PosteriorTensors posterior_tensors(const at::Tensor& loc, const at::Tensor* rho, const OptionalTensor& prior_loc,
+                                   const OptionalTensor& prior_scale, Doubles prior, double scale_floor);
 
 Stream checked_stream(int64_t stream);
 
 // Adds the address of the noise.
-void set_noise(PosteriorTensors* t, const at::Tensor& seed, int64_t stream, int64_t offset_add,
-               int64_t element_offset);
+void set_noise(PosteriorTensors* t, const at::Tensor& seed, int64_t stream, int64_t offset_add, int64_t element_offset);
 
 // (num_samples, *shape of loc)
 std::vector<int64_t> sample_sizes(const at::Tensor& loc, int64_t num_samples);
@@ -78,8 +75,7 @@ at::Tensor in_entry_shape(const at::Tensor& sample, const PosteriorTensors& entr
 
 // grad_sample and grad_kl of a list. Returns for entry i the gradient by its sample, in the shape
 // of the entry and the dtype it came in; undefined where there is none.
-std::vector<at::Tensor> checked_list_gradients(const PosteriorList& list,
-                                               const OptionalTensors& grad_sample,
+std::vector<at::Tensor> checked_list_gradients(const PosteriorList& list, const OptionalTensors& grad_sample,
                                                const at::Tensor* grad_kl);
 
 // output_mask of a list, (4 n): what entry i wants, in the order loc, rho, prior_loc, prior_scale.

@@ -44,14 +44,11 @@ template <typename T>
 void draw_sample(const PosteriorParams<T>& p, int64_t sample, const WeightOut& out, double* kl) {
   const auto& table = kernels<T>();
   if (kl == nullptr || p.rho == nullptr) {
-    for_rows(
-        p, [&](int64_t begin, int64_t end) { table.sample(p, sample, begin, end, out, nullptr); });
+    for_rows(p, [&](int64_t begin, int64_t end) { table.sample(p, sample, begin, end, out, nullptr); });
     return;
   }
   KlPartials<T> partials(p);
-  for_rows(p, [&](int64_t begin, int64_t end) {
-    table.sample(p, sample, begin, end, out, partials.data());
-  });
+  for_rows(p, [&](int64_t begin, int64_t end) { table.sample(p, sample, begin, end, out, partials.data()); });
   *kl += partials.sum();
 }
 
@@ -64,8 +61,7 @@ double kl_divergence(const PosteriorParams<T>& p) {
 }
 
 inline at::Tensor scalar_like(const at::Tensor& parameter, double value) {
-  return at::empty({}, parameter.options().memory_format(c10::MemoryFormat::Contiguous))
-      .fill_(value);
+  return at::empty({}, parameter.options().memory_format(c10::MemoryFormat::Contiguous)).fill_(value);
 }
 
 // Gradients of one posterior and its prior, in the order loc, rho, prior_loc, prior_scale. Unwanted
@@ -77,17 +73,14 @@ struct PosteriorGradients {
 // The gradient of a broadcast prior, from its full-size gradient.
 at::Tensor reduce_to_prior(const at::Tensor& full, const at::Tensor& prior);
 
-inline at::Tensor empty_gradient(const at::Tensor& parameter) {
-  return at::empty({0}, parameter.options());
-}
+inline at::Tensor empty_gradient(const at::Tensor& parameter) { return at::empty({0}, parameter.options()); }
 
 // Allocates the wanted gradients and binds them to the kernels' struct. Then run the kernel and
 // call finish(), which sums prior gradients to the shape of their prior.
 template <typename T>
 class GradientBinder {
  public:
-  GradientBinder(const PosteriorTensors& t, std::array<bool, 4> wanted, double grad_kl)
-      : tensors_(t) {
+  GradientBinder(const PosteriorTensors& t, std::array<bool, 4> wanted, double grad_kl) : tensors_(t) {
     const at::Tensor& loc = *t.loc;
     grads.grad_kl = static_cast<T>(t.rho == nullptr ? 0.0 : grad_kl);
     out_.loc = wanted[0] ? at::empty_like(loc) : empty_gradient(loc);
@@ -96,8 +89,7 @@ class GradientBinder {
     out_.prior_scale = prior_buffer(wanted[3] ? t.prior_scale : nullptr);
     bind(out_.loc, wanted[0], &grads.grad_loc, &grads.grad_loc_stride);
     bind(out_.rho, wanted[1] && t.rho != nullptr, &grads.grad_rho, &grads.grad_rho_stride);
-    bind(out_.prior_loc, wanted[2] && t.prior_loc != nullptr, &grads.grad_prior_loc,
-         &grads.grad_prior_loc_stride);
+    bind(out_.prior_loc, wanted[2] && t.prior_loc != nullptr, &grads.grad_prior_loc, &grads.grad_prior_loc_stride);
     bind(out_.prior_scale, wanted[3] && t.prior_scale != nullptr, &grads.grad_prior_scale,
          &grads.grad_prior_scale_stride);
   }
@@ -111,22 +103,18 @@ class GradientBinder {
   }
 
   bool wants_anything() const {
-    return grads.grad_loc != nullptr || grads.grad_rho != nullptr ||
-           grads.grad_prior_loc != nullptr || grads.grad_prior_scale != nullptr;
+    return grads.grad_loc != nullptr || grads.grad_rho != nullptr || grads.grad_prior_loc != nullptr ||
+           grads.grad_prior_scale != nullptr;
   }
 
   void run(const PosteriorParams<T>& p) {
     if (!wants_anything()) return;
-    for_rows(p, [&](int64_t begin, int64_t end) {
-      kernels<T>().posterior_backward(p, grads, begin, end);
-    });
+    for_rows(p, [&](int64_t begin, int64_t end) { kernels<T>().posterior_backward(p, grads, begin, end); });
   }
 
   PosteriorGradients finish() {
-    if (grads.grad_prior_loc != nullptr)
-      out_.prior_loc = reduce_to_prior(out_.prior_loc, *tensors_.prior_loc);
-    if (grads.grad_prior_scale != nullptr)
-      out_.prior_scale = reduce_to_prior(out_.prior_scale, *tensors_.prior_scale);
+    if (grads.grad_prior_loc != nullptr) out_.prior_loc = reduce_to_prior(out_.prior_loc, *tensors_.prior_loc);
+    if (grads.grad_prior_scale != nullptr) out_.prior_scale = reduce_to_prior(out_.prior_scale, *tensors_.prior_scale);
     return out_;
   }
 

@@ -38,9 +38,8 @@ at::Tensor gradient_for(const ConvCall& call, Algorithm method, const at::Tensor
 }  // namespace
 
 bool reads_bf16_gradient(const ConvCall& call, Algorithm method) {
-  return method == Algorithm::kDirect && call.compute_dtype == at::kBFloat16 &&
-         call.parameter_dtype() == at::kFloat && call.signs.input == nullptr && current_bf16() &&
-         pairs_fit(call.shape);
+  return method == Algorithm::kDirect && call.compute_dtype == at::kBFloat16 && call.parameter_dtype() == at::kFloat &&
+         call.signs.input == nullptr && current_bf16() && pairs_fit(call.shape);
 }
 
 template <typename T>
@@ -179,8 +178,7 @@ void dgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor* kept
 }
 
 template <typename T>
-void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad,
-                  const PosteriorGrads<T>& grads) {
+void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad, const PosteriorGrads<T>& grads) {
   const at::Tensor own = gradient_for(call, method, grad);
   WgradParams w = wgrad_params(call);
   w.grad_dtype = dtype_of(own.scalar_type());
@@ -193,8 +191,8 @@ void wgrad_direct(const ConvCall& call, Algorithm method, const at::Tensor& grad
 bool reads_output_gradient(const ConvCall& call, Algorithm method, const ConvBackward& back) {
   constexpr int64_t kMostChannels = 4, kMostElements = int64_t{1} << 17;
   return method == Algorithm::kDirect && back.wants_weight && !back.wants_input && call.signs.input == nullptr &&
-         call.shape.groups == 1 && call.shape.C <= kMostChannels &&
-         call.shape.Q * call.shape.K <= kMostElements && !reads_bf16_gradient(call, method);
+         call.shape.groups == 1 && call.shape.C <= kMostChannels && call.shape.Q * call.shape.K <= kMostElements &&
+         !reads_bf16_gradient(call, method);
 }
 
 template <typename T>
@@ -213,21 +211,13 @@ template at::Tensor draw_bias<float>(const ConvCall&, double*);
 template at::Tensor draw_bias<double>(const ConvCall&, double*);
 template void forward_direct<float>(const ConvCall&, Algorithm, ConvOutputs*);
 template void forward_direct<double>(const ConvCall&, Algorithm, ConvOutputs*);
-template PreActivationGradient activation_backward_direct<float>(const ConvCall&,
-                                                                 const ConvBackward&,
-                                                                 at::ScalarType);
-template PreActivationGradient activation_backward_direct<double>(const ConvCall&,
-                                                                  const ConvBackward&,
-                                                                  at::ScalarType);
-template void dgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor*, const at::Tensor&,
-                                  const at::Tensor&);
-template void dgrad_direct<double>(const ConvCall&, Algorithm, const at::Tensor*, const at::Tensor&,
-                                   const at::Tensor&);
+template PreActivationGradient activation_backward_direct<float>(const ConvCall&, const ConvBackward&, at::ScalarType);
+template PreActivationGradient activation_backward_direct<double>(const ConvCall&, const ConvBackward&, at::ScalarType);
+template void dgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor*, const at::Tensor&, const at::Tensor&);
+template void dgrad_direct<double>(const ConvCall&, Algorithm, const at::Tensor*, const at::Tensor&, const at::Tensor&);
 template at::Tensor wgrad_of_output<float>(const ConvCall&, const ConvBackward&, const PosteriorGrads<float>&);
 template at::Tensor wgrad_of_output<double>(const ConvCall&, const ConvBackward&, const PosteriorGrads<double>&);
-template void wgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor&,
-                                  const PosteriorGrads<float>&);
-template void wgrad_direct<double>(const ConvCall&, Algorithm, const at::Tensor&,
-                                   const PosteriorGrads<double>&);
+template void wgrad_direct<float>(const ConvCall&, Algorithm, const at::Tensor&, const PosteriorGrads<float>&);
+template void wgrad_direct<double>(const ConvCall&, Algorithm, const at::Tensor&, const PosteriorGrads<double>&);
 
 }  // namespace fbc

@@ -30,8 +30,7 @@ Product<T> perturbation_product(const ConvCall& call) {
 at::Tensor draw_signs(const ConvCall& call, Stream stream, int64_t channels) {
   const ConvShape& s = call.shape;
   const ConvOptions& o = call.options;
-  const at::Tensor signs =
-      at::empty({s.output_rows(), channels}, at::TensorOptions().dtype(at::kFloat));
+  const at::Tensor signs = at::empty({s.output_rows(), channels}, at::TensorOptions().dtype(at::kFloat));
   const int64_t count = s.rows_per_sample() * channels;
   for (int64_t sample = 0; sample < s.num_samples; ++sample) {
     noise_kernels().signs(noise_key(*call.weight.seed, o.offset_add + sample), stream,
@@ -43,14 +42,11 @@ at::Tensor draw_signs(const ConvCall& call, Stream stream, int64_t channels) {
 
 struct SignTables {
   at::Tensor input, output;
-  FlipSigns pointers() const {
-    return {input.const_data_ptr<float>(), output.const_data_ptr<float>()};
-  }
+  FlipSigns pointers() const { return {input.const_data_ptr<float>(), output.const_data_ptr<float>()}; }
 };
 
 SignTables sign_tables(const ConvCall& call) {
-  return {draw_signs(call, Stream::kSignInput, call.shape.C),
-          draw_signs(call, Stream::kSignOutput, call.shape.K)};
+  return {draw_signs(call, Stream::kSignInput, call.shape.C), draw_signs(call, Stream::kSignOutput, call.shape.K)};
 }
 
 // The side of the square of pixels that a weight computes at once.
@@ -69,8 +65,7 @@ bool has_row_weights(const ConvCall& call, Algorithm method, Direction direction
 }
 
 template <typename T>
-at::Tensor apply_signs(const ConvCall& call, const at::Tensor& image, bool share_input,
-                       const at::Tensor& signs) {
+at::Tensor apply_signs(const ConvCall& call, const at::Tensor& image, bool share_input, const at::Tensor& signs) {
   const int64_t channels = image.size(1), height = image.size(2), width = image.size(3);
   const at::Tensor out = empty_nhwc(call, call.shape.output_rows(), height, width, channels);
   const Image source = image_of(image);
@@ -82,9 +77,8 @@ at::Tensor apply_signs(const ConvCall& call, const at::Tensor& image, bool share
   p.image_stride = source.stride;
   p.sign = signs.const_data_ptr<float>();
   p.out = out.mutable_data_ptr();
-  at::parallel_for(0, p.shape.rows * height, 1, [&](int64_t begin, int64_t end) {
-    kernels<T>().affine.apply_signs(p, begin, end);
-  });
+  at::parallel_for(0, p.shape.rows * height, 1,
+                   [&](int64_t begin, int64_t end) { kernels<T>().affine.apply_signs(p, begin, end); });
   return out;
 }
 
@@ -113,11 +107,10 @@ void forward_flipout(const ConvCall& call, AffineOutputs* out) {
   mean.posterior = at_loc(mean.posterior);
   const at::Tensor bias = draw_bias_if_any<T>(call, out);
   const SignTables signs = sign_tables(call);
-  const at::Tensor signed_input =
-      apply_signs<T>(call, *call.input, call.shape.share_input, signs.input);
+  const at::Tensor signed_input = apply_signs<T>(call, *call.input, call.shape.share_input, signs.input);
   const at::Tensor by_mean = run_fprop(call, mean, *call.input, nullptr);
-  const at::Tensor by_delta = run_fprop(call, perturbation_product<T>(call), signed_input,
-                                        call.options.weight_kl ? &out->kl : nullptr);
+  const at::Tensor by_delta =
+      run_fprop(call, perturbation_product<T>(call), signed_input, call.options.weight_kl ? &out->kl : nullptr);
   AffineForwardParams p = forward_params<T>(call, bias, out);
   p.mean = by_mean.const_data_ptr();
   p.second = by_delta.const_data_ptr();
@@ -135,8 +128,8 @@ void backward_flipout(const ConvCall& call, const at::Tensor& grad, const at::Te
   const Algorithm wgrad = method_of<T>(call, Direction::kWgrad);
   const bool rows_of_dgrad = has_row_weights(call, dgrad, Direction::kDgrad);
   const bool rows_of_wgrad = has_row_weights(call, wgrad, Direction::kWgrad);
-  const bool wants_weight = grads.grad_loc != nullptr || grads.grad_rho != nullptr ||
-                            grads.grad_prior_loc != nullptr || grads.grad_prior_scale != nullptr;
+  const bool wants_weight = grads.grad_loc != nullptr || grads.grad_rho != nullptr || grads.grad_prior_loc != nullptr ||
+                            grads.grad_prior_scale != nullptr;
   Operands operands;
   operands.grad_mean = grad;
   if ((wants_weight && !rows_of_wgrad) || (grad_input.defined() && !rows_of_dgrad)) {

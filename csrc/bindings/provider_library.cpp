@@ -34,8 +34,7 @@ at::Tensor prepare_input(const ConvCall& call, const at::Tensor& image) {
 }
 
 std::array<int64_t, 2> remaining_padding(const ConvShape& s) {
-  return pads_first(s) ? std::array<int64_t, 2>{0, 0}
-                       : std::array<int64_t, 2>{s.pad_top, s.pad_left};
+  return pads_first(s) ? std::array<int64_t, 2>{0, 0} : std::array<int64_t, 2>{s.pad_top, s.pad_left};
 }
 
 // (K, C/G, R, S), not filled. ATen's convolution takes the output's memory format from its weight
@@ -46,12 +45,9 @@ at::Tensor empty_weight(const ConvCall& call) {
 }
 
 template <typename T>
-at::Tensor draw_weight(const ConvCall& call, const PosteriorParams<T>& p, int64_t sample,
-                       double* kl) {
+at::Tensor draw_weight(const ConvCall& call, const PosteriorParams<T>& p, int64_t sample, double* kl) {
   at::Tensor weight = empty_weight(call);
-  draw_sample(
-      p, sample,
-      {weight.mutable_data_ptr(), dtype_of(call.compute_dtype), posterior_strides(weight, 4)}, kl);
+  draw_sample(p, sample, {weight.mutable_data_ptr(), dtype_of(call.compute_dtype), posterior_strides(weight, 4)}, kl);
   return weight;
 }
 
@@ -60,23 +56,22 @@ at::Tensor as_convolution_weight(const ConvCall& call, const at::Tensor& weight)
 }
 
 // Rows [begin, end) of `image` that draw `sample` reads or writes.
-at::Tensor rows_of_sample(const ConvCall& call, const at::Tensor& image, int64_t sample,
-                          bool shared) {
+at::Tensor rows_of_sample(const ConvCall& call, const at::Tensor& image, int64_t sample, bool shared) {
   if (shared || call.shape.num_samples == 1) return image;
   const int64_t rows = call.shape.rows_per_sample();
   return image.narrow(0, sample * rows, rows);
 }
 
 template <typename T>
-at::Tensor convolve_sample(const ConvCall& call, const PosteriorParams<T>& p, int64_t sample,
-                           const at::Tensor& input, const OptionalTensor& bias, ConvOutputs* out) {
+at::Tensor convolve_sample(const ConvCall& call, const PosteriorParams<T>& p, int64_t sample, const at::Tensor& input,
+                           const OptionalTensor& bias, ConvOutputs* out) {
   double* kl = sample == 0 && call.options.weight_kl ? &out->kl : nullptr;
   at::Tensor weight = draw_weight(call, p, sample, kl);
   if (out->weight.defined()) out->weight.select(0, sample).copy_(weight);
   const ConvOptions& o = call.options;
   const auto padding = remaining_padding(call.shape);
-  return at::convolution(input, as_convolution_weight(call, weight), bias, o.stride, padding,
-                         o.dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, o.groups);
+  return at::convolution(input, as_convolution_weight(call, weight), bias, o.stride, padding, o.dilation,
+                         /*transposed=*/false, /*output_padding=*/{0, 0}, o.groups);
 }
 
 }  // namespace
@@ -88,14 +83,12 @@ void forward_library(const ConvCall& call, ConvOutputs* out) {
   const at::Tensor input = prepare_input(call, *call.input);
   at::Tensor biases;
   if (call.has_bias()) {
-    biases =
-        draw_bias<T>(call, call.options.bias_kl ? &out->kl : nullptr).to(arithmetic_dtype(call));
+    biases = draw_bias<T>(call, call.options.bias_kl ? &out->kl : nullptr).to(arithmetic_dtype(call));
   }
   if (s.num_samples > 1) out->output = empty_output(call);
   for (int64_t sample = 0; sample < s.num_samples; ++sample) {
     const at::Tensor rows = rows_of_sample(call, input, sample, s.share_input);
-    const OptionalTensor bias =
-        biases.defined() ? OptionalTensor(biases.select(0, sample)) : std::nullopt;
+    const OptionalTensor bias = biases.defined() ? OptionalTensor(biases.select(0, sample)) : std::nullopt;
     const at::Tensor y = convolve_sample(call, p, sample, rows, bias, out);
     if (s.num_samples == 1) {
       out->output = with_canonical_strides(y, call.compute_dtype, call.format);
@@ -112,9 +105,8 @@ PreActivationGradient activation_backward_library(const ConvCall& call, const Co
   PreActivationGradient out;
   out.grad = *back.grad_output;
   if (back.saved != nullptr) {
-    out.grad = activation_gradient(back.grad_output->contiguous(call.format),
-                                   back.saved->contiguous(call.format), call.activation,
-                                   call.options.activation_param);
+    out.grad = activation_gradient(back.grad_output->contiguous(call.format), back.saved->contiguous(call.format),
+                                   call.activation, call.options.activation_param);
   }
   if (back.wants_bias) {
     const auto by_sample = out.grad.unflatten(0, {s.num_samples, s.rows_per_sample()});
@@ -146,22 +138,21 @@ LibraryGradients gradients_of_pixels(const ConvCall& call, const at::Tensor& gra
   const auto padding = remaining_padding(call.shape);
   const at::Tensor padded = at::constant_pad_nd(input, {padding[1], padding[1], padding[0], padding[0]});
   const at::Tensor pixels = padded.slice(2, 0, std::nullopt, o.stride[0]).slice(3, 0, std::nullopt, o.stride[1]);
-  const auto grads = at::convolution_backward(
-      grad, pixels, weight, /*bias_sizes=*/at::IntArrayRef(call.shape.K), /*stride=*/{1, 1},
-      /*padding=*/{0, 0}, /*dilation=*/{1, 1}, /*transposed=*/false, /*output_padding=*/{0, 0}, o.groups,
-      {false, wanted[1], wanted[2]});
+  const auto grads =
+      at::convolution_backward(grad, pixels, weight, /*bias_sizes=*/at::IntArrayRef(call.shape.K), /*stride=*/{1, 1},
+                               /*padding=*/{0, 0}, /*dilation=*/{1, 1}, /*transposed=*/false, /*output_padding=*/{0, 0},
+                               o.groups, {false, wanted[1], wanted[2]});
   return {at::Tensor(), std::get<1>(grads), std::get<2>(grads)};
 }
 
 // wanted: input, weight, bias.
 template <typename T>
-LibraryGradients backward_sample(const ConvCall& call, const PosteriorParams<T>& p,
-                                 const ConvBackward& back, int64_t sample, const at::Tensor& input,
-                                 const at::Tensor& grad, std::array<bool, 3> wanted) {
+LibraryGradients backward_sample(const ConvCall& call, const PosteriorParams<T>& p, const ConvBackward& back,
+                                 int64_t sample, const at::Tensor& input, const at::Tensor& grad,
+                                 std::array<bool, 3> wanted) {
   at::Tensor weight;
   if (wanted[0]) {
-    weight = back.weight != nullptr ? back.weight->select(0, sample)
-                                    : draw_weight(call, p, sample, nullptr);
+    weight = back.weight != nullptr ? back.weight->select(0, sample) : draw_weight(call, p, sample, nullptr);
   } else {
     weight = empty_weight(call);  // only its extents are read
   }
@@ -175,9 +166,9 @@ LibraryGradients backward_sample(const ConvCall& call, const PosteriorParams<T>&
     wanted = {wanted[0], false, false};
   }
   if (!wanted[0] && !wanted[1] && !wanted[2]) return out;
-  const auto grads = at::convolution_backward(
-      grad, rows, filter, /*bias_sizes=*/at::IntArrayRef(call.shape.K), o.stride, padding, o.dilation,
-      /*transposed=*/false, /*output_padding=*/{0, 0}, o.groups, wanted);
+  const auto grads = at::convolution_backward(grad, rows, filter, /*bias_sizes=*/at::IntArrayRef(call.shape.K),
+                                              o.stride, padding, o.dilation,
+                                              /*transposed=*/false, /*output_padding=*/{0, 0}, o.groups, wanted);
   if (wanted[0]) out.input = std::get<0>(grads);
   if (wanted[1]) out.weight = std::get<1>(grads);
   if (wanted[2]) out.bias = std::get<2>(grads);
@@ -185,15 +176,13 @@ LibraryGradients backward_sample(const ConvCall& call, const PosteriorParams<T>&
 }
 
 // For several draws: one slice each, and the sum by the input in the parameters' dtype.
-LibraryGradients empty_gradients(const ConvCall& call, const at::Tensor& input,
-                                 std::array<bool, 3> wanted) {
+LibraryGradients empty_gradients(const ConvCall& call, const at::Tensor& input, std::array<bool, 3> wanted) {
   const ConvShape& s = call.shape;
   const auto options = call.weight.loc->options();
   LibraryGradients out;
   if (wanted[0]) out.input = at::zeros(input.sizes(), options).contiguous(call.format);
   if (wanted[1]) {
-    out.weight = at::empty({s.num_samples, s.K, s.R, s.S, s.channels_per_group()}, options)
-                     .permute({0, 1, 4, 2, 3});
+    out.weight = at::empty({s.num_samples, s.K, s.R, s.S, s.channels_per_group()}, options).permute({0, 1, 4, 2, 3});
   }
   if (wanted[2]) out.bias = at::empty({s.num_samples, s.K}, options);
   return out;
@@ -202,8 +191,7 @@ LibraryGradients empty_gradients(const ConvCall& call, const at::Tensor& input,
 }  // namespace
 
 template <typename T>
-LibraryGradients backward_library(const ConvCall& call, const ConvBackward& back,
-                                  const at::Tensor& grad) {
+LibraryGradients backward_library(const ConvCall& call, const ConvBackward& back, const at::Tensor& grad) {
   const ConvShape& s = call.shape;
   const auto p = host_posterior_params<T>(call.weight);
   const at::Tensor input = prepare_input(call, *call.input);
@@ -227,17 +215,14 @@ LibraryGradients backward_library(const ConvCall& call, const ConvBackward& back
     }
   }
   if (back.wants_input) {
-    sum.input =
-        with_canonical_strides(without_padding(call, sum.input), call.compute_dtype, call.format);
+    sum.input = with_canonical_strides(without_padding(call, sum.input), call.compute_dtype, call.format);
   }
   return sum;
 }
 
 template void forward_library<float>(const ConvCall&, ConvOutputs*);
 template void forward_library<double>(const ConvCall&, ConvOutputs*);
-template LibraryGradients backward_library<float>(const ConvCall&, const ConvBackward&,
-                                                  const at::Tensor&);
-template LibraryGradients backward_library<double>(const ConvCall&, const ConvBackward&,
-                                                   const at::Tensor&);
+template LibraryGradients backward_library<float>(const ConvCall&, const ConvBackward&, const at::Tensor&);
+template LibraryGradients backward_library<double>(const ConvCall&, const ConvBackward&, const at::Tensor&);
 
 }  // namespace fbc

@@ -39,9 +39,8 @@ Operands local_operands(const ConvCall& call, const at::Tensor& grad, const at::
     p.grad_mean = out.grad_mean.mutable_data_ptr();
   }
   p.grad_variance = out.grad_second.mutable_data_ptr();
-  at::parallel_for(0, s.N * s.P, 1, [&](int64_t begin, int64_t end) {
-    kernels<T>().affine.local_backward(p, begin, end);
-  });
+  at::parallel_for(0, s.N * s.P, 1,
+                   [&](int64_t begin, int64_t end) { kernels<T>().affine.local_backward(p, begin, end); });
   return out;
 }
 
@@ -54,8 +53,8 @@ void forward_local(const ConvCall& call, AffineOutputs* out) {
   mean.posterior = at_loc(mean.posterior);
   const at::Tensor bias = draw_bias_if_any<T>(call, out);
   const at::Tensor by_mean = run_fprop(call, mean, *call.input, nullptr);
-  const at::Tensor variance = run_fprop(call, variance_product<T>(call), *call.input,
-                                        call.options.weight_kl ? &out->kl : nullptr);
+  const at::Tensor variance =
+      run_fprop(call, variance_product<T>(call), *call.input, call.options.weight_kl ? &out->kl : nullptr);
   out->deviation = empty_nhwc(call, s.N, s.P, s.Q, s.K);
   AffineForwardParams p = forward_params<T>(call, bias, out);
   p.mean = by_mean.const_data_ptr();
@@ -76,9 +75,9 @@ void backward_local(const ConvCall& call, const at::Tensor& grad, const at::Tens
 
 template void forward_local<float>(const ConvCall&, AffineOutputs*);
 template void forward_local<double>(const ConvCall&, AffineOutputs*);
-template void backward_local<float>(const ConvCall&, const at::Tensor&, const at::Tensor&,
-                                    const at::Tensor&, const PosteriorGrads<float>&);
-template void backward_local<double>(const ConvCall&, const at::Tensor&, const at::Tensor&,
-                                     const at::Tensor&, const PosteriorGrads<double>&);
+template void backward_local<float>(const ConvCall&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                    const PosteriorGrads<float>&);
+template void backward_local<double>(const ConvCall&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                     const PosteriorGrads<double>&);
 
 }  // namespace fbc

@@ -40,8 +40,7 @@ inline Dtype dtype_of(at::ScalarType type) {
 inline NoiseKey noise_key(const at::Tensor& seed, int64_t add) {
   const int64_t* data = seed.const_data_ptr<int64_t>();
   const int64_t second = seed.stride(0);
-  return {static_cast<uint64_t>(data[0]),
-          static_cast<uint64_t>(data[second]) + static_cast<uint64_t>(add)};
+  return {static_cast<uint64_t>(data[0]), static_cast<uint64_t>(data[second]) + static_cast<uint64_t>(add)};
 }
 
 // A parameter of up to four dimensions seen as (K, R, S, C): dimension 0 is K, dimension 1 is C,
@@ -61,8 +60,7 @@ inline PosteriorExtents posterior_extents(at::IntArrayRef sizes) {
 
 // Strides of `tensor` under that view; a dimension that is broadcast to `dim` dimensions has stride
 // 0.
-inline WeightStrides posterior_strides(at::IntArrayRef sizes, at::IntArrayRef strides,
-                                       int64_t dim) {
+inline WeightStrides posterior_strides(at::IntArrayRef sizes, at::IntArrayRef strides, int64_t dim) {
   std::array<int64_t, 4> stride = {0, 0, 0, 0};
   const size_t missing = static_cast<size_t>(dim) - sizes.size();
   for (size_t d = 0; d < sizes.size(); ++d)
@@ -105,9 +103,7 @@ struct PosteriorTensors {
   bool eps_drawn;
 
   // Of rho, the priors and the KL. loc may be 16-bit: a sample that was rounded before.
-  at::ScalarType dtype() const {
-    return loc->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  }
+  at::ScalarType dtype() const { return loc->scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 };
 
 // The caller has checked the dtype of loc.
@@ -118,10 +114,8 @@ inline void check_posterior(const PosteriorTensors& t, const char* rho, const ch
   expect_broadcastable(prior_scale, *t.loc, t.dtype(), t.prior_scale);
   TORCH_CHECK_VALUE(t.prior_scale != nullptr || t.prior_scale_value > 0, prior_scale,
                     ": expected a positive scale, got ", t.prior_scale_value);
-  TORCH_CHECK_VALUE(t.scale_floor >= 0, "scale_floor: expected a value of at least 0, got ",
-                    t.scale_floor);
-  TORCH_CHECK_VALUE(t.element_offset >= 0, "element_offset: expected a value of at least 0, got ",
-                    t.element_offset);
+  TORCH_CHECK_VALUE(t.scale_floor >= 0, "scale_floor: expected a value of at least 0, got ", t.scale_floor);
+  TORCH_CHECK_VALUE(t.element_offset >= 0, "element_offset: expected a value of at least 0, got ", t.element_offset);
 }
 
 // Without the values of the seed: noise holds what is added to its offset. loc is T.

@@ -70,8 +70,7 @@ FBC_INLINE T activate(T z, T param) {
     case Activation::kRelu6: return clip(z, T(0), T(6));
     case Activation::kLeakyRelu: return z < T(0) ? param * z : z;
     case Activation::kElu: return z < T(0) ? param * T(std::expm1(z)) : z;
-    case Activation::kSelu:
-      return Const::kSeluScale * (z < T(0) ? Const::kSeluAlpha * T(std::expm1(z)) : z);
+    case Activation::kSelu: return Const::kSeluScale * (z < T(0) ? Const::kSeluAlpha * T(std::expm1(z)) : z);
     case Activation::kSigmoid: return sigmoid_of(z);
     case Activation::kTanh: return std::tanh(z);
     case Activation::kSoftplus: return softplus_of(z);
@@ -103,8 +102,7 @@ FBC_INLINE T activation_derivative(T saved, T param) {
     case Activation::kRelu6: return (y <= T(0) || y >= T(6)) ? T(0) : T(1);
     case Activation::kLeakyRelu: return y > T(0) ? T(1) : param;
     case Activation::kElu: return y > T(0) ? T(1) : y + param;
-    case Activation::kSelu:
-      return y > T(0) ? Const::kSeluScale : y + Const::kSeluScale * Const::kSeluAlpha;
+    case Activation::kSelu: return y > T(0) ? Const::kSeluScale : y + Const::kSeluScale * Const::kSeluAlpha;
     case Activation::kSigmoid: return y * (T(1) - y);
     case Activation::kTanh: return T(1) - y * y;
     case Activation::kSoftplus: return -T(std::expm1(-y));

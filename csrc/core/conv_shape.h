@@ -15,10 +15,10 @@
 namespace fbc {
 
 struct ConvShape {
-  int64_t N;           // input rows
-  int64_t C, H, W;     // input channels, height, width
-  int64_t K, R, S;     // output channels, filter height, width
-  int64_t P, Q;        // output height, width: output_extent()
+  int64_t N;        // input rows
+  int64_t C, H, W;  // input channels, height, width
+  int64_t K, R, S;  // output channels, filter height, width
+  int64_t P, Q;     // output height, width: output_extent()
   int64_t stride_h, stride_w;
   int64_t pad_top, pad_bottom, pad_left, pad_right;
   int64_t dilation_h, dilation_w;
@@ -34,8 +34,8 @@ struct ConvShape {
 
 // floor((extent + pads - effective filter) / stride) + 1, and 0 where the filter just does not fit.
 // Negative means that there is no valid output at all: the caller reports it.
-FBC_INLINE int64_t output_extent(int64_t extent, int64_t pad_before, int64_t pad_after, int64_t filter,
-                                 int64_t stride, int64_t dilation) {
+FBC_INLINE int64_t output_extent(int64_t extent, int64_t pad_before, int64_t pad_after, int64_t filter, int64_t stride,
+                                 int64_t dilation) {
   const int64_t span = extent + pad_before + pad_after - ((filter - 1) * dilation + 1) + stride;
   return span >= 0 ? span / stride : -((-span + stride - 1) / stride);
 }

@@ -45,19 +45,16 @@ struct NoiseKey {
 constexpr int kElementsPerCounter = 4;
 
 FBC_INLINE PhiloxWords noise_words(NoiseKey noise, Stream stream, uint64_t block) {
-  const PhiloxWords counter = {{static_cast<uint32_t>(block),
-                                static_cast<uint32_t>((block >> 32) & 0x0fffffffu) |
-                                    (static_cast<uint32_t>(stream) << 28),
-                                static_cast<uint32_t>(noise.offset),
-                                static_cast<uint32_t>(noise.offset >> 32)}};
-  return philox4x32_10(counter, static_cast<uint32_t>(noise.key),
-                       static_cast<uint32_t>(noise.key >> 32));
+  const PhiloxWords counter = {
+      {static_cast<uint32_t>(block),
+       static_cast<uint32_t>((block >> 32) & 0x0fffffffu) | (static_cast<uint32_t>(stream) << 28),
+       static_cast<uint32_t>(noise.offset), static_cast<uint32_t>(noise.offset >> 32)}};
+  return philox4x32_10(counter, static_cast<uint32_t>(noise.key), static_cast<uint32_t>(noise.key >> 32));
 }
 
 // u = (word >> 1 + 0.5) / 2^31, split for its logarithm.
 FBC_INLINE SplitFloat split_uniform(uint32_t word) {
-  return split_at_sqrt2(
-      fused_multiply_add(static_cast<float>(static_cast<int32_t>(word >> 1)), 0x1p-31f, 0x1p-32f));
+  return split_at_sqrt2(fused_multiply_add(static_cast<float>(static_cast<int32_t>(word >> 1)), 0x1p-31f, 0x1p-32f));
 }
 
 // sqrt(-2 log u). u <= 1 after rounding, where the polynomial may return +0: the max guards the root.
@@ -113,8 +110,7 @@ FBC_INLINE float random_sign(NoiseKey noise, Stream stream, uint64_t element) {
 // An independent child: the four words of block `index` in the derive stream.
 FBC_INLINE NoiseKey derive_seed(NoiseKey parent, uint64_t index) {
   const PhiloxWords w = noise_words(parent, Stream::kDerive, index);
-  return {w.word[0] | (static_cast<uint64_t>(w.word[1]) << 32),
-          w.word[2] | (static_cast<uint64_t>(w.word[3]) << 32)};
+  return {w.word[0] | (static_cast<uint64_t>(w.word[1]) << 32), w.word[2] | (static_cast<uint64_t>(w.word[3]) << 32)};
 }
 
 }  // namespace fbc

@@ -31,18 +31,18 @@ enum class WeightTerm : int32_t {
 // T is float or double: the dtype of the parameters and of the KL.
 template <typename T>
 struct PosteriorParams {
-  int64_t K, R, S, C;         // C counts the channels of one group
-  const T* loc;               // (K, R, S, C)
-  const T* rho;               // (K, R, S, C); null: a point mass at loc, no noise and no KL
-  const T* prior_loc;         // (K, R, S, C), strides may be 0; null: prior_loc_value
-  const T* prior_scale;       // (K, R, S, C), strides may be 0, > 0; null: prior_scale_value
+  int64_t K, R, S, C;    // C counts the channels of one group
+  const T* loc;          // (K, R, S, C)
+  const T* rho;          // (K, R, S, C); null: a point mass at loc, no noise and no KL
+  const T* prior_loc;    // (K, R, S, C), strides may be 0; null: prior_loc_value
+  const T* prior_scale;  // (K, R, S, C), strides may be 0, > 0; null: prior_scale_value
   WeightStrides loc_stride, rho_stride, prior_loc_stride, prior_scale_stride;
   T prior_loc_value, prior_scale_value;
   T scale_floor;
-  NoiseKey noise;             // of sample 0; sample s uses offset + s
+  NoiseKey noise;  // of sample 0; sample s uses offset + s
   Stream stream;
-  uint64_t element_offset;    // number of the first element, for a shard of a larger weight
-  WeightTerm term;            // what a draw is, and what gradients are by; not read on CUDA
+  uint64_t element_offset;  // number of the first element, for a shard of a larger weight
+  WeightTerm term;          // what a draw is, and what gradients are by; not read on CUDA
   // Not read on CUDA:
   const T* scale;             // (K, R, S, C) contiguous, once for many draws; null: from rho
   int64_t loc_sample_stride;  // of a point mass that differs from draw to draw; else 0
@@ -59,14 +59,14 @@ struct WeightOut {
 
 template <typename T>
 struct PosteriorGrads {
-  const T* grad_weight;       // (num_samples, K, R, S, C) gradient by each sample; null: none
+  const T* grad_weight;  // (num_samples, K, R, S, C) gradient by each sample; null: none
   WeightStrides grad_weight_stride;
   int64_t grad_weight_sample_stride;
   int64_t num_samples;
-  T grad_kl;                  // gradient by the KL (0: none)
-  T* grad_loc;                // (K, R, S, C) each; null: not wanted
+  T grad_kl;    // gradient by the KL (0: none)
+  T* grad_loc;  // (K, R, S, C) each; null: not wanted
   T* grad_rho;
-  T* grad_prior_loc;          // full size; the caller sums over broadcast dimensions
+  T* grad_prior_loc;  // full size; the caller sums over broadcast dimensions
   T* grad_prior_scale;
   WeightStrides grad_loc_stride, grad_rho_stride, grad_prior_loc_stride, grad_prior_scale_stride;
 };

@@ -69,8 +69,8 @@ struct PosteriorGrad {
 // grad_weight: gradient of the loss by the sampled weight; grad_kl: by the KL; t = exp(-|rho|). One division
 // serves sigmoid(rho) and 1 / scale: both have the factor 1 / ((1 + t) scale).
 template <typename T>
-FBC_INLINE PosteriorGrad<T> posterior_grad_from(T t, T scale, T grad_weight, T grad_weight_eps, T grad_kl, T loc,
-                                                T rho, T prior_loc, T inverse_prior_scale) {
+FBC_INLINE PosteriorGrad<T> posterior_grad_from(T t, T scale, T grad_weight, T grad_weight_eps, T grad_kl, T loc, T rho,
+                                                T prior_loc, T inverse_prior_scale) {
   const T inverse_variance = inverse_prior_scale * inverse_prior_scale;
   const T factor = (rho >= T(0) ? T(1) : t) / ((T(1) + t) * scale);  // sigmoid(rho) / scale
   const T by_scale = fused_multiply_add(grad_kl * scale, inverse_variance, grad_weight_eps);
@@ -79,12 +79,11 @@ FBC_INLINE PosteriorGrad<T> posterior_grad_from(T t, T scale, T grad_weight, T g
 }
 
 template <typename T>
-FBC_INLINE PosteriorGrad<T> posterior_grad(T grad_weight, T grad_weight_eps, T grad_kl, T loc, T rho,
-                                           T prior_loc, T inverse_prior_scale, T scale_floor) {
+FBC_INLINE PosteriorGrad<T> posterior_grad(T grad_weight, T grad_weight_eps, T grad_kl, T loc, T rho, T prior_loc,
+                                           T inverse_prior_scale, T scale_floor) {
   T t;
   const T scale = scale_from_rho(rho, scale_floor, &t);
-  return posterior_grad_from(t, scale, grad_weight, grad_weight_eps, grad_kl, loc, rho, prior_loc,
-                             inverse_prior_scale);
+  return posterior_grad_from(t, scale, grad_weight, grad_weight_eps, grad_kl, loc, rho, prior_loc, inverse_prior_scale);
 }
 
 template <typename T>

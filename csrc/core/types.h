@@ -56,9 +56,7 @@ using acc_t = typename AccType<scalar_t>::type;
 
 FBC_INLINE float load_as_acc(const float* p) { return *p; }
 FBC_INLINE double load_as_acc(const double* p) { return *p; }
-FBC_INLINE float load_as_acc(const BFloat16* p) {
-  return bits_to_float(static_cast<uint32_t>(p->bits) << 16);
-}
+FBC_INLINE float load_as_acc(const BFloat16* p) { return bits_to_float(static_cast<uint32_t>(p->bits) << 16); }
 
 // Half -> float, exact. Subnormals are small integers times 2^-24, and never pass through a float
 // subnormal, which a processor may be told to flush to zero.

@@ -17,44 +17,43 @@ namespace fbc {
 // calls that run at the same time have the same one: it picks the scratch memory, never a result.
 struct Parallel {
   int32_t threads;
-  void (*run)(int64_t tasks, void (*task)(void* context, int32_t thread, int64_t begin, int64_t end),
-              void* context);
+  void (*run)(int64_t tasks, void (*task)(void* context, int32_t thread, int64_t begin, int64_t end), void* context);
 };
 
 // Flipout: image n of the output rows is convolved with loc + (t_n r_n^T) * delta, where loc + delta is
 // the draw. Null: no signs.
 struct FlipSigns {
-  const float* input;           // r: (output_rows, C)
-  const float* output;          // t: (output_rows, K)
+  const float* input;   // r: (output_rows, C)
+  const float* output;  // t: (output_rows, K)
 };
 
 struct FpropParams {
   ConvShape shape;
-  Dtype dtype;                  // of input
-  Dtype weight_dtype;           // draws are rounded to it
-  Dtype output_dtype;           // of output, pre_activation
-  const void* input;            // (N, H, W, C)
+  Dtype dtype;         // of input
+  Dtype weight_dtype;  // draws are rounded to it
+  Dtype output_dtype;  // of output, pre_activation
+  const void* input;   // (N, H, W, C)
   ImageStrides input_stride;
-  bool square_input;            // the convolution reads input^2
+  bool square_input;  // the convolution reads input^2
   FlipSigns signs;
-  void* output;                 // (output_rows, P, Q, K)
-  void* pre_activation;         // like output; null: not wanted
+  void* output;          // (output_rows, P, Q, K)
+  void* pre_activation;  // like output; null: not wanted
   ImageStrides output_stride;
-  const void* bias;             // (num_samples, K) in acc_t, already sampled; null: none
+  const void* bias;  // (num_samples, K) in acc_t, already sampled; null: none
   Activation activation;
   double activation_param;
-  void* kept_weight;            // (num_samples, K, R, S, C/G), KRSC order, weight_dtype; null: not wanted
-  double* kl_partials;          // (K, kl_chunks_per_row); null: no KL
+  void* kept_weight;    // (num_samples, K, R, S, C/G), KRSC order, weight_dtype; null: not wanted
+  double* kl_partials;  // (K, kl_chunks_per_row); null: no KL
 };
 
 struct DgradParams {
   ConvShape shape;
-  Dtype dtype;                  // of grad_input
-  Dtype weight_dtype;           // draws are rounded to it
+  Dtype dtype;         // of grad_input
+  Dtype weight_dtype;  // draws are rounded to it
   FlipSigns signs;
-  Dtype grad_dtype;             // acc_t; kBFloat16 for KernelTable::pairs
-  const void* grad;             // (output_rows, P, Q, K) gradient by the pre-activation, NHWC
-  void* grad_input;             // (N, H, W, C)
+  Dtype grad_dtype;  // acc_t; kBFloat16 for KernelTable::pairs
+  const void* grad;  // (output_rows, P, Q, K) gradient by the pre-activation, NHWC
+  void* grad_input;  // (N, H, W, C)
   ImageStrides grad_input_stride;
 };
 
@@ -62,13 +61,13 @@ struct ActivationGradParams;
 
 struct WgradParams {
   ConvShape shape;
-  Dtype dtype;                  // of input
-  const void* input;            // (N, H, W, C)
+  Dtype dtype;        // of input
+  const void* input;  // (N, H, W, C)
   ImageStrides input_stride;
-  bool square_input;            // the gradient is that of a convolution of input^2
+  bool square_input;  // the gradient is that of a convolution of input^2
   FlipSigns signs;
-  Dtype grad_dtype;             // acc_t; kBFloat16 for KernelTable::pairs
-  const void* grad;             // (output_rows, P, Q, K), NHWC
+  Dtype grad_dtype;  // acc_t; kBFloat16 for KernelTable::pairs
+  const void* grad;  // (output_rows, P, Q, K), NHWC
   // Makes the gradient strip by strip, with the sums for the bias, where nobody else reads it: grad is null.
   // For the direct kernels of one group, without signs.
   const ActivationGradParams* makes_grad;
@@ -76,18 +75,18 @@ struct WgradParams {
 
 // grad = grad_output * activation'(saved), in NHWC, with its sum per channel.
 struct ActivationGradParams {
-  int64_t rows, P, Q, K;        // rows = output_rows
-  int64_t num_samples;          // bias sums are per draw: rows / num_samples consecutive rows each
-  Dtype dtype;                  // of grad_output and saved
-  const void* grad_output;      // (rows, P, Q, K)
+  int64_t rows, P, Q, K;    // rows = output_rows
+  int64_t num_samples;      // bias sums are per draw: rows / num_samples consecutive rows each
+  Dtype dtype;              // of grad_output and saved
+  const void* grad_output;  // (rows, P, Q, K)
   ImageStrides grad_output_stride;
-  const void* saved;            // output or pre-activation; null for linear
+  const void* saved;  // output or pre-activation; null for linear
   ImageStrides saved_stride;
   Activation activation;
   double activation_param;
-  Dtype grad_dtype;             // of grad: acc_t, or kBFloat16
-  void* grad;                   // (rows, P, Q, K), contiguous NHWC; null: only the sums
-  void* grad_bias;              // (num_samples, K), acc_t; null: not wanted
+  Dtype grad_dtype;  // of grad: acc_t, or kBFloat16
+  void* grad;        // (rows, P, Q, K), contiguous NHWC; null: only the sums
+  void* grad_bias;   // (num_samples, K), acc_t; null: not wanted
 };
 
 // The elementwise half of Flipout and local reparameterisation. Images are NHWC and acc_t where no
@@ -104,64 +103,64 @@ struct AffineShape {
 // out[row] = image(row) * sign[row], constant over space.
 struct SignParams {
   AffineShape shape;
-  Dtype dtype;                  // of image
-  const void* image;            // (images, P, Q, K)
+  Dtype dtype;        // of image
+  const void* image;  // (images, P, Q, K)
   ImageStrides image_stride;
-  const float* sign;            // (rows, K)
-  void* out;                    // (rows, P, Q, K)
+  const float* sign;  // (rows, K)
+  void* out;          // (rows, P, Q, K)
 };
 
 // z = mean + bias + sign * delta       Flipout
 // z = mean + bias + eps * deviation    local; deviation = sqrt(max(variance, 0))
 struct AffineForwardParams {
   AffineShape shape;
-  const void* mean;             // (images, P, Q, K)
-  const float* sign;            // (rows, K); null: local
-  const void* second;           // (rows, P, Q, K) delta, or (images, P, Q, K) variance
-  void* deviation;              // (images, P, Q, K), local
-  NoiseKey noise;               // of sample 0
-  uint64_t row_offset;          // number of the first row of a group
-  const void* bias;             // (num_samples, K); null: none
+  const void* mean;     // (images, P, Q, K)
+  const float* sign;    // (rows, K); null: local
+  const void* second;   // (rows, P, Q, K) delta, or (images, P, Q, K) variance
+  void* deviation;      // (images, P, Q, K), local
+  NoiseKey noise;       // of sample 0
+  uint64_t row_offset;  // number of the first row of a group
+  const void* bias;     // (num_samples, K); null: none
   Activation activation;
   double activation_param;
-  Dtype dtype;                  // of output, pre_activation
-  void* output;                 // (rows, P, Q, K)
-  void* pre_activation;         // like output; null: not wanted
+  Dtype dtype;           // of output, pre_activation
+  void* output;          // (rows, P, Q, K)
+  void* pre_activation;  // like output; null: not wanted
   ImageStrides output_stride;
 };
 
 // Local: the gradients by mean and by variance, summed over the draws that share an image.
 struct LocalBackwardParams {
   AffineShape shape;
-  const void* grad;             // (rows, P, Q, K) by z
-  const void* deviation;        // (images, P, Q, K)
+  const void* grad;       // (rows, P, Q, K) by z
+  const void* deviation;  // (images, P, Q, K)
   NoiseKey noise;
   uint64_t row_offset;
-  void* grad_mean;              // (images, P, Q, K); null: that of one draw is `grad`
-  void* grad_variance;          // (images, P, Q, K); null: not wanted
+  void* grad_mean;      // (images, P, Q, K); null: that of one draw is `grad`
+  void* grad_variance;  // (images, P, Q, K); null: not wanted
 };
 
 // grad_input = by_mean + sum over rows of an image  sign * second      Flipout
 // grad_input = by_mean + 2 input * second                              local
 struct AffineInputGradParams {
-  AffineShape shape;            // P, Q, K of the input
-  const void* by_mean;          // (images, P, Q, K)
-  const void* second;           // (rows, P, Q, K) by the signed input, or (images, ...) by its square
-  const float* sign;            // (rows, K); null: local
-  Dtype dtype;                  // of input, grad_input
-  const void* input;            // (images, P, Q, K); local
+  AffineShape shape;    // P, Q, K of the input
+  const void* by_mean;  // (images, P, Q, K)
+  const void* second;   // (rows, P, Q, K) by the signed input, or (images, ...) by its square
+  const float* sign;    // (rows, K); null: local
+  Dtype dtype;          // of input, grad_input
+  const void* input;    // (images, P, Q, K); local
   ImageStrides input_stride;
-  void* grad_input;             // (images, P, Q, K)
+  void* grad_input;  // (images, P, Q, K)
   ImageStrides grad_input_stride;
 };
 
 // Each works on a range of image rows, numbered over images (rows x P, or images x P) in order.
 template <typename T>
 struct AffineKernels {
-  void (*apply_signs)(const SignParams&, int64_t begin, int64_t end);             // rows x P
-  void (*forward)(const AffineForwardParams&, int64_t begin, int64_t end);        // rows x P
-  void (*local_backward)(const LocalBackwardParams&, int64_t begin, int64_t end); // images x P
-  void (*input_grad)(const AffineInputGradParams&, int64_t begin, int64_t end);   // images x P
+  void (*apply_signs)(const SignParams&, int64_t begin, int64_t end);              // rows x P
+  void (*forward)(const AffineForwardParams&, int64_t begin, int64_t end);         // rows x P
+  void (*local_backward)(const LocalBackwardParams&, int64_t begin, int64_t end);  // images x P
+  void (*input_grad)(const AffineInputGradParams&, int64_t begin, int64_t end);    // images x P
 };
 
 // The three directions by one method. workspace: the bytes that *_workspace() asks for with
@@ -181,11 +180,10 @@ struct ConvKernels {
 template <typename T>
 struct KernelTable {
   // Rows [k_begin, k_end) of one posterior. kl_partials is the whole (K, chunks) array.
-  void (*sample)(const PosteriorParams<T>&, int64_t sample, int64_t k_begin, int64_t k_end,
-                 const WeightOut& out, double* kl_partials);
+  void (*sample)(const PosteriorParams<T>&, int64_t sample, int64_t k_begin, int64_t k_end, const WeightOut& out,
+                 double* kl_partials);
   void (*kl)(const PosteriorParams<T>&, int64_t k_begin, int64_t k_end, double* kl_partials);
-  void (*posterior_backward)(const PosteriorParams<T>&, const PosteriorGrads<T>&, int64_t k_begin,
-                             int64_t k_end);
+  void (*posterior_backward)(const PosteriorParams<T>&, const PosteriorGrads<T>&, int64_t k_begin, int64_t k_end);
 
   ConvKernels<T> direct;     // any convolution
   ConvKernels<T> pairs;      // of bfloat16, in its own arithmetic: what pairs_fit() accepts; null: none
@@ -225,8 +223,8 @@ const ConvKernels<T>& conv_kernels(Algorithm method) {
 
 // Whether the Winograd kernels compute this: 3x3, no stride, no dilation, one group; any padding.
 inline bool winograd_fits(const ConvShape& s) {
-  return s.R == 3 && s.S == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && s.groups == 1;
+  return s.R == 3 && s.S == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
+         s.groups == 1;
 }
 
 // Whether the kernels for pairs of bfloat16 compute this, where the processor has them: without signs and

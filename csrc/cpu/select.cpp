@@ -24,9 +24,7 @@ bool has_pairs(const ConvProblem& problem) {
   return problem.bf16 && problem.dtype == Dtype::kBFloat16 && pairs_fit(problem.shape);
 }
 
-int64_t winograd_tiles(const ConvShape& s) {
-  return s.output_rows() * ((s.P + 1) / 2) * ((s.Q + 1) / 2);
-}
+int64_t winograd_tiles(const ConvShape& s) { return s.output_rows() * ((s.P + 1) / 2) * ((s.Q + 1) / 2); }
 
 bool has_avx512(const ConvProblem& problem) { return problem.isa == Isa::kAvx512; }
 
@@ -170,8 +168,8 @@ const char* only_on_request(const ConvProblem&, Direction) {
 }
 
 // Whether each window along one side of the image, first to last, has a tap on a pixel.
-bool every_window_sees_a_pixel(int64_t extent, int64_t pad_before, int64_t pad_after,
-                               int64_t filter, int64_t dilation) {
+bool every_window_sees_a_pixel(int64_t extent, int64_t pad_before, int64_t pad_after, int64_t filter,
+                               int64_t dilation) {
   const int64_t window = (filter - 1) * dilation + 1;
   return pad_before < window && pad_after < window && extent >= dilation;
 }
@@ -217,8 +215,7 @@ const Candidate* candidates() { return kCandidates; }
 Choice select_algorithm(const ConvProblem& problem, Direction direction, Algorithm requested) {
   for (const Candidate& candidate : kCandidates) {
     if (requested == Algorithm::kAuto) {
-      if (candidate.cannot(problem, direction) == nullptr &&
-          candidate.not_chosen(problem, direction) == nullptr) {
+      if (candidate.cannot(problem, direction) == nullptr && candidate.not_chosen(problem, direction) == nullptr) {
         return {candidate.algorithm, nullptr, candidate.name};
       }
     } else if (candidate.algorithm == requested) {

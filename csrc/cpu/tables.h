@@ -3,12 +3,12 @@
 
 #include "kernels.h"
 
-#define FBC_DECLARE_ISA(name)          \
-  namespace name {                     \
-  KernelTable<float> table_float();    \
-  KernelTable<double> table_double();  \
-  NoiseKernels table_noise();          \
-  ProbeKernels table_probes();         \
+#define FBC_DECLARE_ISA(name)         \
+  namespace name {                    \
+  KernelTable<float> table_float();   \
+  KernelTable<double> table_double(); \
+  NoiseKernels table_noise();         \
+  ProbeKernels table_probes();        \
   }
 
 namespace fbc {

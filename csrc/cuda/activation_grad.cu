@@ -144,8 +144,7 @@ void sum_chunks_kernel(const T* partial, int64_t chunks, int64_t K, Divisor tile
   double* const shared = reinterpret_cast<double*>(gpu::shared());
   const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
   const int draw = tiles.divide(block), segment = thread / kSumChannels;
-  const int64_t k =
-      static_cast<int64_t>(block - draw * tiles.value) * kSumChannels + thread % kSumChannels;
+  const int64_t k = static_cast<int64_t>(block - draw * tiles.value) * kSumChannels + thread % kSumChannels;
   const int64_t length = (chunks + kSumSegments - 1) / kSumSegments;
   const int64_t first = segment * length;
   const int64_t last = first + length < chunks ? first + length : chunks;
@@ -193,15 +192,13 @@ int run_activation_grad(const ActivationGradParams& p, void* workspace, StreamHa
   w.grad_output_stride = p.grad_output_stride;
   w.saved_stride = p.saved_stride;
   w.grad_stride = p.grad_stride;
-  const ImageTensor tensors[3] = {{p.grad_output, &w.grad_output_stride},
-                                  {linear ? nullptr : p.saved, &w.saved_stride},
-                                  {p.grad, &w.grad_stride}};
+  const ImageTensor tensors[3] = {
+      {p.grad_output, &w.grad_output_stride}, {linear ? nullptr : p.saved, &w.saved_stride}, {p.grad, &w.grad_stride}};
   const ImageWalk walk = plan_walk<scalar_t>(p.rows, p.P, p.Q, p.K, tensors, 3);
   const int64_t size = walk.wide ? kWideVector<scalar_t> : 1;
   w.plan = plan_grad(p, size, walk.along_channels);
   w.rows_per_sample = p.rows / p.num_samples, w.K = p.K;
-  w.radix = make_radix(w.rows_per_sample, walk.P, walk.along_channels ? walk.Q : walk.Q / size,
-                       w.plan.items < kNarrow);
+  w.radix = make_radix(w.rows_per_sample, walk.P, walk.along_channels ? walk.Q : walk.Q / size, w.plan.items < kNarrow);
   const int64_t blocks = w.plan.tiles * w.plan.chunks * p.num_samples;
   if (blocks >= kNarrow) return 1;
   w.tiles = divisor(w.plan.tiles), w.chunks = divisor(w.plan.chunks);
@@ -216,24 +213,22 @@ int run_activation_grad(const ActivationGradParams& p, void* workspace, StreamHa
   w.along_channels = walk.along_channels;
   const dim3 grid(static_cast<unsigned>(blocks));
   const size_t shared_bytes = kGradThreads * static_cast<size_t>(size) * sizeof(T);
-  const int status = walk.wide
-                         ? gpu::launch(activation_grad_kernel<scalar_t, kWideVector<scalar_t>>,
-                                       grid, kGradThreads, shared_bytes, stream, w)
-                         : gpu::launch(activation_grad_kernel<scalar_t, 1>, grid, kGradThreads,
-                                       shared_bytes, stream, w);
+  const int status =
+      walk.wide ? gpu::launch(activation_grad_kernel<scalar_t, kWideVector<scalar_t>>, grid, kGradThreads, shared_bytes,
+                              stream, w)
+                : gpu::launch(activation_grad_kernel<scalar_t, 1>, grid, kGradThreads, shared_bytes, stream, w);
   if (status != 0 || out == nullptr || direct) return status;
   const int64_t tiles = (p.K + kSumChannels - 1) / kSumChannels;
-  return gpu::launch(sum_chunks_kernel<T>, dim3(static_cast<unsigned>(tiles * p.num_samples)),
-                     kGradThreads, kGradThreads * sizeof(double), stream,
-                     static_cast<const T*>(w.partial), w.plan.chunks, p.K, divisor(tiles), out);
+  return gpu::launch(sum_chunks_kernel<T>, dim3(static_cast<unsigned>(tiles * p.num_samples)), kGradThreads,
+                     kGradThreads * sizeof(double), stream, static_cast<const T*>(w.partial), w.plan.chunks, p.K,
+                     divisor(tiles), out);
 }
 
 }  // namespace
 
 size_t activation_grad_workspace(const ActivationGradParams& params) {
   if (params.grad_bias == nullptr || params.num_samples == 0) return 0;
-  const bool is_double = params.dtype == Dtype::kFloat64,
-             is_float = params.dtype == Dtype::kFloat32;
+  const bool is_double = params.dtype == Dtype::kFloat64, is_float = params.dtype == Dtype::kFloat32;
   int64_t chunks = 0;  // of the layout that needs most
   for (const int64_t size : {1, is_double ? 2 : is_float ? 4 : 8}) {
     for (const bool along_channels : {true, false}) {
@@ -252,9 +247,8 @@ int activation_grad(const ActivationGradParams& params, void* workspace, StreamH
     return gpu::fill_zero(params.grad_bias, static_cast<size_t>(channels * bytes), stream);
   }
   int status = 1;
-  visit_dtype(params.dtype, [&](auto tag) {
-    status = run_activation_grad<typename decltype(tag)::type>(params, workspace, stream);
-  });
+  visit_dtype(params.dtype,
+              [&](auto tag) { status = run_activation_grad<typename decltype(tag)::type>(params, workspace, stream); });
   return status;
 }
 

@@ -77,8 +77,7 @@ FBC_DEVICE void finish_vector(const BiasWalk<scalar_t>& w, const VectorPlace& pl
 template <typename scalar_t, int kVector>
 FBC_KERNEL(kBiasThreads, 4)
 void bias_activation_kernel(FBC_PARAM BiasWalk<scalar_t> w) {
-  const int64_t first =
-      static_cast<int64_t>(blockIdx.x) * (kBiasThreads * kVectorsPerThread) + threadIdx.x;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kBiasThreads * kVectorsPerThread) + threadIdx.x;
   VectorPlace place[kVectorsPerThread] = {};
   acc_t<scalar_t> value[kVectorsPerThread][kVector] = {};
   FBC_UNROLL
@@ -123,8 +122,7 @@ int run_bias_activation(const BiasActivationParams& p, StreamHandle stream) {
   if (blocks >= kNarrow) return 1;
   const dim3 grid(static_cast<unsigned>(blocks));
   return walk.wide
-             ? gpu::launch(bias_activation_kernel<scalar_t, kWideVector<scalar_t>>, grid,
-                           kBiasThreads, 0, stream, w)
+             ? gpu::launch(bias_activation_kernel<scalar_t, kWideVector<scalar_t>>, grid, kBiasThreads, 0, stream, w)
              : gpu::launch(bias_activation_kernel<scalar_t, 1>, grid, kBiasThreads, 0, stream, w);
 }
 
@@ -133,9 +131,8 @@ int run_bias_activation(const BiasActivationParams& p, StreamHandle stream) {
 int bias_activation(const BiasActivationParams& params, StreamHandle stream) {
   if (params.rows * params.P * params.Q * params.K == 0) return 0;
   int status = 1;
-  visit_dtype(params.dtype, [&](auto tag) {
-    status = run_bias_activation<typename decltype(tag)::type>(params, stream);
-  });
+  visit_dtype(params.dtype,
+              [&](auto tag) { status = run_bias_activation<typename decltype(tag)::type>(params, stream); });
   return status;
 }
 

@@ -44,8 +44,7 @@ const Candidate* candidates() { return kCandidates; }
 Choice select_algorithm(const ConvProblem& problem, Direction direction, Algorithm requested) {
   for (const Candidate& candidate : kCandidates) {
     if (requested == Algorithm::kAuto) {
-      if (candidate.cannot(problem, direction) == nullptr &&
-          candidate.not_chosen(problem, direction) == nullptr) {
+      if (candidate.cannot(problem, direction) == nullptr && candidate.not_chosen(problem, direction) == nullptr) {
         return {candidate.algorithm, nullptr, candidate.name};
       }
     } else if (candidate.algorithm == requested) {

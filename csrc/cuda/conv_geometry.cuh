@@ -63,9 +63,7 @@ inline ConvGeometry conv_geometry(const ConvShape& s) {
 }
 
 // Tiles and steps that cover an extent.
-FBC_INLINE int32_t covers(int32_t extent, int32_t tile) {
-  return extent / tile + (extent % tile != 0);
-}
+FBC_INLINE int32_t covers(int32_t extent, int32_t tile) { return extent / tile + (extent % tile != 0); }
 
 // ---- columns ------------------------------------------------------------------------------------
 struct Tap {
@@ -102,8 +100,8 @@ constexpr int32_t kNoPixel = INT32_MIN / 2;
 FBC_DEVICE PixelRow load_row(const PixelRow& row) {  // one access of 16 bytes
   uint4 bits;
   std::memcpy(&bits, __builtin_assume_aligned(&row, 16), sizeof bits);
-  return {static_cast<int64_t>(bits.x | static_cast<uint64_t>(bits.y) << 32),
-          static_cast<int32_t>(bits.z), static_cast<int32_t>(bits.w)};
+  return {static_cast<int64_t>(bits.x | static_cast<uint64_t>(bits.y) << 32), static_cast<int32_t>(bits.z),
+          static_cast<int32_t>(bits.w)};
 }
 
 struct PixelIndex {
@@ -143,8 +141,8 @@ struct ImageView {
 // The widest copy, in bytes (16, 8, 4, 2), that stays inside one tap and is aligned at every pixel.
 inline int32_t gather_unit(const void* data, const ImageStrides& stride, const ConvShape& shape,
                            int32_t element_bytes) {
-  const int64_t counts[] = {shape.channels_per_group(), shape.N > 1 ? stride.n : 0,
-                            shape.H > 1 ? stride.h : 0, shape.W > 1 ? stride.w : 0};
+  const int64_t counts[] = {shape.channels_per_group(), shape.N > 1 ? stride.n : 0, shape.H > 1 ? stride.h : 0,
+                            shape.W > 1 ? stride.w : 0};
   int32_t unit = 16;
   while (unit > element_bytes && reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(unit)) {
     unit /= 2;
@@ -164,12 +162,10 @@ class PixelGather {
       : row_(thread / kPieces), tap_(tap_of(first + thread % kPieces * kPieceElements, g)) {
     target_ = tile_offset<T, kChunks>(row_, thread % kPieces * kPieceElements);
   }
-  FBC_DEVICE void advance(const ImageView<T>& image, const ConvGeometry& g) {
-    advance_tap(tap_, image.step, g);
-  }
+  FBC_DEVICE void advance(const ImageView<T>& image, const ConvGeometry& g) { advance_tap(tap_, image.step, g); }
 
-  FBC_DEVICE void copy(unsigned char* tile, const PixelRow (&rows)[kRows],
-                       const ImageView<T>& image, const ConvGeometry& g) const {
+  FBC_DEVICE void copy(unsigned char* tile, const PixelRow (&rows)[kRows], const ImageView<T>& image,
+                       const ConvGeometry& g) const {
     unsigned char* to = tile + target_;
     if (kWide || image.unit == 8) {
       copy_unit<kPieceBytes>(to, rows, image, tap_, g);
@@ -205,8 +201,7 @@ class PixelGather {
     int32_t h, w;
     bool inside;  // the tap is one of the filter's
   };
-  static FBC_DEVICE Source source(const Tap& tap, const ImageView<T>& image,
-                                  const ConvGeometry& g) {
+  static FBC_DEVICE Source source(const Tap& tap, const ImageView<T>& image, const ConvGeometry& g) {
     const int32_t h = tap.r * g.dilation_h, w = tap.s * g.dilation_w;
     return {image.data + (h * image.stride_h + w * image.stride_w + tap.c), h, w, tap.r < g.R};
   }
@@ -218,8 +213,7 @@ class PixelGather {
   }
 
   template <int kBytes>
-  FBC_DEVICE void copy_unit(unsigned char* to, const PixelRow (&rows)[kRows],
-                            const ImageView<T>& image, const Tap& tap,
+  FBC_DEVICE void copy_unit(unsigned char* to, const PixelRow (&rows)[kRows], const ImageView<T>& image, const Tap& tap,
                             const ConvGeometry& g) const {
     const Source from = source(tap, image, g);
     FBC_ROLLED
@@ -227,16 +221,14 @@ class PixelGather {
       FBC_UNROLL
       for (int i = 0; i < kBatch; ++i) {
         const PixelRow row = load_row(rows[row_ + (batch + i) * kRowStep]);
-        gpu::copy_async<kBytes>(to + (batch + i) * kStepBytes, from.data + row.offset,
-                                reads(row, from, g));
+        gpu::copy_async<kBytes>(to + (batch + i) * kStepBytes, from.data + row.offset, reads(row, from, g));
       }
     }
   }
   // One element of each row by ordinary loads, a batch of them under way before the first is
   // stored.
-  FBC_DEVICE void copy_elements(unsigned char* to, const PixelRow (&rows)[kRows],
-                                const ImageView<T>& image, const Tap& tap,
-                                const ConvGeometry& g) const {
+  FBC_DEVICE void copy_elements(unsigned char* to, const PixelRow (&rows)[kRows], const ImageView<T>& image,
+                                const Tap& tap, const ConvGeometry& g) const {
     const Source from = source(tap, image, g);
     FBC_ROLLED
     for (int batch = 0; batch < kCopies; batch += kBatch) {

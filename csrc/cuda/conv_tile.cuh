@@ -25,8 +25,7 @@ template <typename T>
 constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
 
 // kSplits_: its kernels can share a tile's steps among blocks (split_sum.cuh).
-template <int kPixels_, int kChannels_, int kWarpRows, int kWarpColumns_, int kStages_,
-          bool kSplits_ = false>
+template <int kPixels_, int kChannels_, int kWarpRows, int kWarpColumns_, int kStages_, bool kSplits_ = false>
 struct ConvTile {
   static constexpr int kPixels = kPixels_, kChannels = kChannels_, kStages = kStages_;
   static constexpr int kWarpColumns = kWarpColumns_;
@@ -86,8 +85,7 @@ struct Accumulators {
 
 // acc += activations * weights of one stage.
 template <typename T, typename Tile>
-FBC_DEVICE void multiply_stage(Accumulators<Tile>& acc, const unsigned char* stage, int warp,
-                               int lane) {
+FBC_DEVICE void multiply_stage(Accumulators<Tile>& acc, const unsigned char* stage, int warp, int lane) {
   const int pixel = warp / Tile::kWarpColumns * Tile::kWarpPixels;
   const int channel = warp % Tile::kWarpColumns * Tile::kWarpChannels;
   FBC_UNROLL
@@ -117,15 +115,14 @@ struct OutputView {
 };
 
 // How many channels lie aligned next to one another at every pixel.
-inline int32_t output_pack(const void* data, const ImageStrides& stride, int64_t group_channels,
-                           bool grouped, int32_t element_bytes) {
+inline int32_t output_pack(const void* data, const ImageStrides& stride, int64_t group_channels, bool grouped,
+                           int32_t element_bytes) {
   if (stride.c != 1) return 1;
   for (const int32_t pack : {8, 4}) {
     const int64_t bytes = pack * element_bytes < 16 ? pack * element_bytes : 16;
     const bool strides = stride.n % pack == 0 && stride.h % pack == 0 && stride.w % pack == 0;
     const bool begins = !grouped || group_channels % pack == 0;
-    if (strides && begins &&
-        reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0) {
+    if (strides && begins && reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0) {
       return pack;
     }
   }
@@ -134,8 +131,7 @@ inline int32_t output_pack(const void* data, const ImageStrides& stride, int64_t
 
 // value[i] to channel i < count.
 template <typename T>
-FBC_DEVICE void store_channels(T* to, int64_t stride, int pack, int count,
-                               const float (&value)[8]) {
+FBC_DEVICE void store_channels(T* to, int64_t stride, int pack, int count, const float (&value)[8]) {
   if (pack == 8 && count >= 8) {
     store_pack(to, value);
     return;
@@ -157,14 +153,12 @@ FBC_DEVICE void store_channels(T* to, int64_t stride, int pack, int count,
 // One pixel, eight channels: z = sum + bias; output activation(z). `staged`: the eight sums in
 // shared memory, where an activation is applied one value at a time (its code exists once).
 template <typename T>
-FBC_DEVICE void finish_pixel(float* staged, const float (&bias)[8], const OutputView& view,
-                             int64_t offset, int count) {
+FBC_DEVICE void finish_pixel(float* staged, const float (&bias)[8], const OutputView& view, int64_t offset, int count) {
   float z[8];
   FBC_UNROLL
   for (int i = 0; i < 8; ++i) z[i] = staged[i] + bias[i];
   if (view.pre_activation != nullptr) {
-    store_channels(static_cast<T*>(view.pre_activation) + offset, view.stride.c, view.pack, count,
-                   z);
+    store_channels(static_cast<T*>(view.pre_activation) + offset, view.stride.c, view.pack, count, z);
   }
   if (view.activation == Activation::kRelu) {
     FBC_UNROLL
@@ -186,9 +180,8 @@ FBC_DEVICE void finish_pixel(float* staged, const float (&bias)[8], const Output
 // the stages (free by now: the caller has synchronised), and stores 8 channels a lane. `channel`:
 // the tile's first, of `channels` (all groups) that begin at view.bias and the offsets.
 template <typename T, typename Tile>
-FBC_DEVICE void store_tile(const Accumulators<Tile>& acc, ConvShared<Tile>& shared,
-                           const OutputView& view, const float* bias, int32_t channel,
-                           int32_t channel_end, int warp, int lane) {
+FBC_DEVICE void store_tile(const Accumulators<Tile>& acc, ConvShared<Tile>& shared, const OutputView& view,
+                           const float* bias, int32_t channel, int32_t channel_end, int warp, int lane) {
   constexpr int kPitch = 40, kRound = 32;  // floats of a row, rows of a round
   static_assert(Tile::kWarps * kRound * kPitch * 4 <= sizeof(shared.stage), "fits the stages");
   float* piece = reinterpret_cast<float*>(shared.stage) + warp * kRound * kPitch;
@@ -206,8 +199,8 @@ FBC_DEVICE void store_tile(const Accumulators<Tile>& acc, ConvShared<Tile>& shar
       FBC_UNROLL
       for (int j = 0; j < 2 * Tile::kN; ++j) {
         const float* pair = &acc.value[2 * round + i / 2][j][i % 2 * 2];
-        *reinterpret_cast<float2*>(piece + ((lane >> 2) + 8 * i) * kPitch + j * 8 +
-                                   (lane & 3) * 2) = make_float2(pair[0], pair[1]);
+        *reinterpret_cast<float2*>(piece + ((lane >> 2) + 8 * i) * kPitch + j * 8 + (lane & 3) * 2) =
+            make_float2(pair[0], pair[1]);
       }
     }
     gpu::sync_warp();
@@ -215,8 +208,7 @@ FBC_DEVICE void store_tile(const Accumulators<Tile>& acc, ConvShared<Tile>& shar
     for (int row = lane >> 2; row < kRound; row += 8) {
       const int64_t offset = shared.out[pixel + round * kRound + row];
       if (offset != kNoOutput && count > 0) {
-        finish_pixel<T>(piece + row * kPitch + (lane & 3) * 8, addend, view,
-                        offset + first * view.stride.c, count);
+        finish_pixel<T>(piece + row * kPitch + (lane & 3) * 8, addend, view, offset + first * view.stride.c, count);
       }
     }
   }

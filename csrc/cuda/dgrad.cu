@@ -17,8 +17,8 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <typename T, bool kPrivate, bool kAligned>
 int launch_tiles(const DgradArgs& a, StreamHandle stream) {
   return gpu::launch(dgrad_kernel<T, kPrivate, kAligned>,
-                     dim3(static_cast<unsigned>(a.tiles) * static_cast<unsigned>(a.sum.splits)),
-                     DgradTile::kThreads, sizeof(DgradShared), stream, a);
+                     dim3(static_cast<unsigned>(a.tiles) * static_cast<unsigned>(a.sum.splits)), DgradTile::kThreads,
+                     sizeof(DgradShared), stream, a);
 }
 
 template <typename T>
@@ -29,16 +29,13 @@ int launch_type(const DgradParams& p, DgradArgs a, StreamHandle stream) {
   a.weight_aligned = chunks_aligned<T>(a.weight, 0, 0, 0, a.shape.C);
   a.pack = output_pack(p.grad_input, p.grad_input_stride, a.shape.C, a.shape.groups > 1, size);
   if (a.weight == nullptr) {
-    return a.grad_aligned ? launch_tiles<T, true, true>(a, stream)
-                          : launch_tiles<T, true, false>(a, stream);
+    return a.grad_aligned ? launch_tiles<T, true, true>(a, stream) : launch_tiles<T, true, false>(a, stream);
   }
   return a.grad_aligned && a.weight_aligned ? launch_tiles<T, false, true>(a, stream)
                                             : launch_tiles<T, false, false>(a, stream);
 }
 
-int64_t round_up(int64_t bytes) {
-  return ceil_divide(bytes, kWorkspaceAlignment) * kWorkspaceAlignment;
-}
+int64_t round_up(int64_t bytes) { return ceil_divide(bytes, kWorkspaceAlignment) * kWorkspaceAlignment; }
 
 // How a launch is cut, from its shape alone. The workspace, in bytes from its begin:
 // [tickets, zeroed][slabs of sums][what sampling needs].
@@ -49,8 +46,7 @@ struct DgradPlan {
 };
 DgradPlan plan_dgrad(const DgradParams& p) {
   const ConvShape& s = p.shape;
-  const int64_t pixels =
-      s.rows_per_sample() * ceil_divide(s.H, s.stride_h) * ceil_divide(s.W, s.stride_w);
+  const int64_t pixels = s.rows_per_sample() * ceil_divide(s.H, s.stride_h) * ceil_divide(s.W, s.stride_w);
   const int64_t taps = ceil_divide(s.R * std::gcd(s.stride_h, s.dilation_h), s.stride_h) *
                        ceil_divide(s.S * std::gcd(s.stride_w, s.dilation_w), s.stride_w);
   const int64_t depth = p.dtype == Dtype::kFloat32 ? kDepth<float> : kDepth<Half>;
@@ -64,13 +60,11 @@ DgradPlan plan_dgrad(const DgradParams& p) {
   plan.splits = split_count(plan.tiles, draws * ceil_divide(taps * s.filters_per_group(), depth));
   const bool split = plan.splits > 1;
   plan.tickets_bytes = split ? round_up(plan.tiles * 4) : 0;
-  plan.sums_bytes =
-      split ? plan.splits * plan.tiles * DgradTile::kPixels * DgradTile::kChannels * 4 : 0;
+  plan.sums_bytes = split ? plan.splits * plan.tiles * DgradTile::kPixels * DgradTile::kChannels * 4 : 0;
   return plan;
 }
 
-DgradArgs arguments(const DgradParams& p, const ConvWeight& weight, const DgradPlan& plan,
-                    unsigned char* workspace) {
+DgradArgs arguments(const DgradParams& p, const ConvWeight& weight, const DgradPlan& plan, unsigned char* workspace) {
   const ConvShape& s = p.shape;
   DgradArgs a{};
   a.grad = p.grad;
@@ -88,13 +82,12 @@ DgradArgs arguments(const DgradParams& p, const ConvWeight& weight, const DgradP
   a.pixel_tiles = static_cast<int32_t>(plan.pixel_tiles);
   a.tile_draws = static_cast<int32_t>(plan.tile_draws);
   a.tiles = static_cast<int32_t>(plan.tiles);
-  a.sum = {reinterpret_cast<float*>(workspace + plan.tickets_bytes),
-           reinterpret_cast<uint32_t*>(workspace), plan.splits};
+  a.sum = {reinterpret_cast<float*>(workspace + plan.tickets_bytes), reinterpret_cast<uint32_t*>(workspace),
+           plan.splits};
   return a;
 }
 
-int launch(const DgradParams& p, const ConvWeight& weight, unsigned char* workspace,
-           StreamHandle stream) {
+int launch(const DgradParams& p, const ConvWeight& weight, unsigned char* workspace, StreamHandle stream) {
   const ConvShape& s = p.shape;
   // What the int32 arithmetic of a block relies on.
   const int64_t C = s.channels_per_group(), K = s.filters_per_group(), taps = s.R * s.S;
@@ -164,8 +157,7 @@ size_t dgrad_workspace(const DgradParams& params, const ConvWeight& weight) {
   return bytes + static_cast<size_t>(sample_bytes(params)) + sample_workspace(&entry, 1);
 }
 
-int dgrad(const DgradParams& params, const ConvWeight& weight, void* workspace,
-          StreamHandle stream) {
+int dgrad(const DgradParams& params, const ConvWeight& weight, void* workspace, StreamHandle stream) {
   unsigned char* memory = static_cast<unsigned char*>(workspace);
   if (weight.source != WeightSource::kCooperative) return launch(params, weight, memory, stream);
   unsigned char* drawn = memory + split_bytes(params);

@@ -40,8 +40,7 @@
 namespace fbc::cuda {
 
 template <typename T>
-FBC_DEVICE void dgrad_multiply(Accumulators<DgradTile>& acc, const unsigned char* stage, int warp,
-                               int lane) {
+FBC_DEVICE void dgrad_multiply(Accumulators<DgradTile>& acc, const unsigned char* stage, int warp, int lane) {
   using Tile = DgradTile;
   constexpr int kChunks = Tile::kChannels / kChunkElements<T>;
   const int pixel = warp / Tile::kWarpColumns * Tile::kWarpPixels;
@@ -51,8 +50,7 @@ FBC_DEVICE void dgrad_multiply(Accumulators<DgradTile>& acc, const unsigned char
     uint32_t a[Tile::kM][4], b[Tile::kN][4];
     FBC_UNROLL
     for (int j = 0; j < Tile::kN; ++j) {
-      load_b_transposed<T, kChunks>(b[j], stage + Tile::kWeights, chunk * kChunkElements<T>,
-                                    channel + 16 * j, lane);
+      load_b_transposed<T, kChunks>(b[j], stage + Tile::kWeights, chunk * kChunkElements<T>, channel + 16 * j, lane);
     }
     FBC_UNROLL
     for (int i = 0; i < Tile::kM; ++i) {
@@ -72,8 +70,8 @@ struct DgradLoader {
   DgradGrad<T, kAligned> grad;
   std::conditional_t<kPrivate, SampledWeight<T>, GivenWeight<T, kAligned>> weight;
 
-  FBC_DEVICE DgradLoader(const DgradArgs& args, const DgradShared& memory, int32_t in_group,
-                         int32_t first_channel, int32_t first_draw, int32_t first_step)
+  FBC_DEVICE DgradLoader(const DgradArgs& args, const DgradShared& memory, int32_t in_group, int32_t first_channel,
+                         int32_t first_draw, int32_t first_step)
       : a(args), shared(memory), group(in_group), channel(first_channel), draw(first_draw) {
     start_draw(first_step);
   }
@@ -125,8 +123,7 @@ void dgrad_kernel(FBC_PARAM DgradArgs a) {
   dgrad_locate(a, phase, first_pixel, int64_t{draw} * a.shape.rows, shared.tile);
   gpu::sync();
   const int32_t draws = a.shape.share_input ? a.shape.num_samples : 1;
-  const int32_t steps_each =
-      a.shape.P > 0 && a.shape.Q > 0 ? covers(phase.depth, kDepth<T>) : 0;  // of a draw
+  const int32_t steps_each = a.shape.P > 0 && a.shape.Q > 0 ? covers(phase.depth, kDepth<T>) : 0;  // of a draw
   StepRange range = {0, draws * steps_each};
   if (a.sum.splits > 1 && range.end > 0) {
     range = split_range(range.end, a.sum.splits, static_cast<int32_t>(blockIdx.x) / a.tiles);
@@ -155,15 +152,12 @@ void dgrad_kernel(FBC_PARAM DgradArgs a) {
   if (a.sum.splits > 1) {
     const int32_t block = static_cast<int32_t>(blockIdx.x), split = block / a.tiles;
     const int32_t pixels = a.shape.rows * phase.h.extent * phase.w.extent - first_pixel;
-    if (!add_splits(acc, a.sum, block - split * a.tiles, split, pixels, a.shape.C - channel,
-                    shared.tile.scratch)) {
+    if (!add_splits(acc, a.sum, block - split * a.tiles, split, pixels, a.shape.C - channel, shared.tile.scratch)) {
       return;
     }
   }
-  const OutputView view = {a.grad_input,        nullptr, a.input_stride, nullptr,
-                           Activation::kLinear, 0.0f,    a.pack};
-  store_tile<T>(acc, shared.tile, view, nullptr, group * a.shape.C + channel,
-                (group + 1) * a.shape.C, warp, lane);
+  const OutputView view = {a.grad_input, nullptr, a.input_stride, nullptr, Activation::kLinear, 0.0f, a.pack};
+  store_tile<T>(acc, shared.tile, view, nullptr, group * a.shape.C + channel, (group + 1) * a.shape.C, warp, lane);
 }
 
 }  // namespace fbc::cuda

@@ -20,7 +20,7 @@ struct DgradArgs {
   int32_t phases_w, phases;            // along w, and all
   int32_t channel_tiles, pixel_tiles;  // of a group, of the largest phase
   int32_t tile_draws;                  // draws with tiles of their own: 1 with share_input
-  int32_t tiles;  // of the launch, with as many blocks each as there are splits
+  int32_t tiles;                       // of the launch, with as many blocks each as there are splits
   SplitSum sum;
   int32_t pack;  // output_pack()
   bool grad_aligned, weight_aligned;
@@ -35,8 +35,8 @@ struct PhaseAxis {
   int32_t r0, taps;  // taps is 0 where no output reads the phase
   int32_t shift, step;
 
-  FBC_DEVICE PhaseAxis(int32_t first, int32_t pixels, int32_t stride, int32_t pad, int32_t dilation,
-                       int32_t filter, int32_t tap_step) {
+  FBC_DEVICE PhaseAxis(int32_t first, int32_t pixels, int32_t stride, int32_t pad, int32_t dilation, int32_t filter,
+                       int32_t tap_step) {
     extent = (pixels - first + stride - 1) / stride;
     r0 = 0;
     const int32_t end = tap_step < filter ? tap_step : filter;
@@ -56,10 +56,10 @@ struct Phase {
   int32_t depth;  // taps * filters
 
   FBC_DEVICE Phase(const DgradArgs& a, int32_t number)
-      : h(number / a.phases_w, a.shape.H, a.shape.stride_h, a.shape.pad_top, a.shape.dilation_h,
-          a.shape.R, a.tap_step_h),
-        w(number % a.phases_w, a.shape.W, a.shape.stride_w, a.shape.pad_left, a.shape.dilation_w,
-          a.shape.S, a.tap_step_w),
+      : h(number / a.phases_w, a.shape.H, a.shape.stride_h, a.shape.pad_top, a.shape.dilation_h, a.shape.R,
+          a.tap_step_h),
+        w(number % a.phases_w, a.shape.W, a.shape.stride_w, a.shape.pad_left, a.shape.dilation_w, a.shape.S,
+          a.tap_step_w),
         first_h(number / a.phases_w),
         first_w(number % a.phases_w),
         taps(a.shape) {
@@ -80,8 +80,8 @@ struct DgradShared {
 
 // Pixels of a tile: where they lie in the gradient (as if the taps' shifts were 0) and in the
 // result.
-FBC_DEVICE void dgrad_locate(const DgradArgs& a, const Phase& phase, int32_t first,
-                             int64_t row_base, ConvShared<DgradTile>& shared) {
+FBC_DEVICE void dgrad_locate(const DgradArgs& a, const Phase& phase, int32_t first, int64_t row_base,
+                             ConvShared<DgradTile>& shared) {
   const int32_t plane = phase.h.extent * phase.w.extent;
   for (int i = static_cast<int>(threadIdx.x); i < DgradTile::kPixels; i += DgradTile::kThreads) {
     const int32_t m = first + i, n = m / plane;
@@ -100,11 +100,10 @@ FBC_DEVICE void dgrad_locate(const DgradArgs& a, const Phase& phase, int32_t fir
 
 // Address of the gradient that meets this tap at this pixel; null: a zero.
 template <typename T>
-FBC_DEVICE const T* dgrad_source(const DgradArgs& a, const Phase& phase, const T* grad,
-                                 const PixelRow& row, const Tap& at) {
+FBC_DEVICE const T* dgrad_source(const DgradArgs& a, const Phase& phase, const T* grad, const PixelRow& row,
+                                 const Tap& at) {
   const int32_t dp = phase.h.shift + at.r * phase.h.step, dq = phase.w.shift + at.s * phase.w.step;
-  const bool inside = at.r < phase.taps.R &&
-                      static_cast<uint32_t>(row.h + dp) < static_cast<uint32_t>(a.shape.P) &&
+  const bool inside = at.r < phase.taps.R && static_cast<uint32_t>(row.h + dp) < static_cast<uint32_t>(a.shape.P) &&
                       static_cast<uint32_t>(row.w + dq) < static_cast<uint32_t>(a.shape.Q);
   return inside ? grad + row.offset + dp * a.grad_stride.h + dq * a.grad_stride.w + at.c : nullptr;
 }
@@ -122,12 +121,10 @@ struct DgradGrad {
   uint32_t inside;  // bit i: from[i] is read
 
   // From row `first` of the reduction on.
-  FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group,
-                        int32_t number, int32_t first) {
-    draw = static_cast<const T*>(a.grad) + int64_t{number} * a.shape.rows * a.grad_stride.n +
-           int64_t{group} * a.shape.K;
-    tap = tap_of(first + static_cast<int>(threadIdx.x) % kRowChunks * kChunkElements<T>,
-                 shared.phase.taps);
+  FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group, int32_t number, int32_t first) {
+    draw =
+        static_cast<const T*>(a.grad) + int64_t{number} * a.shape.rows * a.grad_stride.n + int64_t{group} * a.shape.K;
+    tap = tap_of(first + static_cast<int>(threadIdx.x) % kRowChunks * kChunkElements<T>, shared.phase.taps);
     aim(a, shared);
   }
   FBC_DEVICE void aim(const DgradArgs& a, const DgradShared& shared) {
@@ -188,13 +185,10 @@ struct WeightRows {
   static constexpr int kRowStep = DgradTile::kThreads / kPerRow;
   static constexpr int kRowsEach = kDepth<T> / kRowStep;
 
-  static FBC_DEVICE int row(int i) {
-    return static_cast<int>(threadIdx.x) / kPerRow + i * kRowStep;
-  }
+  static FBC_DEVICE int row(int i) { return static_cast<int>(threadIdx.x) / kPerRow + i * kRowStep; }
   static FBC_DEVICE int channel() { return static_cast<int>(threadIdx.x) % kPerRow * kWidth; }
   static FBC_DEVICE unsigned char* place(unsigned char* stage, int i) {
-    return stage + DgradTile::kWeights +
-           tile_offset<T, kChunks>(transposed_row<T>(row(i)), channel());
+    return stage + DgradTile::kWeights + tile_offset<T, kChunks>(transposed_row<T>(row(i)), channel());
   }
 };
 
@@ -212,8 +206,8 @@ struct GivenWeight {
   const T* from[Rows::kRowsEach];
   int32_t channels;  // from the thread's first on
 
-  FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group,
-                        int32_t first_channel, int32_t number, int32_t first) {
+  FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group, int32_t first_channel,
+                        int32_t number, int32_t first) {
     const int64_t filters = (int64_t{number} * a.shape.groups + group) * a.shape.K;
     const int32_t channel = first_channel + Rows::channel();
     draw = static_cast<const T*>(a.weight) + filters * a.shape.columns + channel;
@@ -225,8 +219,7 @@ struct GivenWeight {
     }
   }
   FBC_DEVICE void aim(const DgradArgs& a, const DgradShared& shared, int i) {
-    from[i] = draw + int64_t{tap[i].c} * a.shape.columns +
-              int64_t{filter_tap(a, shared.phase, tap[i])} * a.shape.C;
+    from[i] = draw + int64_t{tap[i].c} * a.shape.columns + int64_t{filter_tap(a, shared.phase, tap[i])} * a.shape.C;
   }
   FBC_DEVICE void advance(const DgradArgs& a, const DgradShared& shared) {
     FBC_UNROLL
@@ -265,8 +258,8 @@ struct SampledWeight {
   Tap tap;  // of this thread's first row
   int32_t first_filter, channel, number;
 
-  FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group,
-                        int32_t first_channel, int32_t of_draw, int32_t first) {
+  FBC_DEVICE void start(const DgradArgs& a, const DgradShared& shared, int32_t group, int32_t first_channel,
+                        int32_t of_draw, int32_t first) {
     first_filter = group * a.shape.K;
     channel = first_channel + Rows::channel();
     number = of_draw;
@@ -283,8 +276,7 @@ struct SampledWeight {
       float value[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       if (at.r < phase.taps.R && channel < a.shape.C) {
         const int32_t k = first_filter + at.c, column = filter_tap(a, phase, at) * a.shape.C;
-        const WeightQuad quad =
-            load_weight_quad(a.sampler, k, column + channel, column + a.shape.C);
+        const WeightQuad quad = load_weight_quad(a.sampler, k, column + channel, column + a.shape.C);
         draw_weight_quad(a.sampler, quad, key, k, column + channel, value);
       }
       store_weight_quad(reinterpret_cast<T*>(Rows::place(stage, i)), value);

@@ -20,8 +20,7 @@ struct Divisor {
   int32_t shift;
 
   FBC_INLINE int32_t divide(int32_t x) const {
-    return static_cast<int32_t>(static_cast<uint64_t>(multiplier) * static_cast<uint32_t>(x) >>
-                                (31 + shift));
+    return static_cast<int32_t>(static_cast<uint64_t>(multiplier) * static_cast<uint32_t>(x) >> (31 + shift));
   }
 };
 
@@ -30,8 +29,7 @@ inline Divisor divisor(int64_t extent) {
   Divisor d{static_cast<int32_t>(extent > 0 ? extent : 1), 0, 0};
   while ((int64_t{1} << d.shift) < d.value) ++d.shift;
   const uint64_t power = uint64_t{1} << (31 + d.shift);
-  d.multiplier = static_cast<uint32_t>((power + static_cast<uint64_t>(d.value) - 1) /
-                                       static_cast<uint64_t>(d.value));
+  d.multiplier = static_cast<uint32_t>((power + static_cast<uint64_t>(d.value) - 1) / static_cast<uint64_t>(d.value));
   return d;
 }
 

@@ -8,11 +8,10 @@
 namespace fbc::cuda {
 
 // apply(name) for every activation.
-#define FBC_ACTIVATIONS(apply)                                                                \
-  apply(kLinear) apply(kRelu) apply(kRelu6) apply(kLeakyRelu) apply(kElu) apply(kSelu)        \
-      apply(kSigmoid) apply(kTanh) apply(kSoftplus) apply(kSoftsign) apply(kExponential)      \
-          apply(kHardSigmoid) apply(kHardSigmoidTorch) apply(kSilu) apply(kMish) apply(kGelu) \
-              apply(kGeluTanh)
+#define FBC_ACTIVATIONS(apply)                                                                                        \
+  apply(kLinear) apply(kRelu) apply(kRelu6) apply(kLeakyRelu) apply(kElu) apply(kSelu) apply(kSigmoid) apply(kTanh)   \
+      apply(kSoftplus) apply(kSoftsign) apply(kExponential) apply(kHardSigmoid) apply(kHardSigmoidTorch) apply(kSilu) \
+          apply(kMish) apply(kGelu) apply(kGeluTanh)
 
 // z[i] <- activation(z[i]).
 template <typename T, int kCount>
@@ -30,8 +29,7 @@ FBC_DEVICE void activate_each(Activation activation, T (&z)[kCount], T param) {
 
 // grad[i] <- grad[i] * activation'(saved[i]). A masked gradient is zero even where it is infinite.
 template <typename T, int kCount>
-FBC_DEVICE void differentiate_each(Activation activation, const T (&saved)[kCount],
-                                   T (&grad)[kCount], T param) {
+FBC_DEVICE void differentiate_each(Activation activation, const T (&saved)[kCount], T (&grad)[kCount], T param) {
   switch (activation) {
 #define FBC_CASE(name)                                                             \
   case Activation::name:                                                           \

@@ -29,8 +29,7 @@ TileExtents extents_of(TileKind tile) {
 TileKind choose_tile(const ConvGeometry& g, WeightSource source, bool wide, int32_t splits) {
   const auto blocks = [&](TileKind tile) {
     const TileExtents e = extents_of(tile);
-    return int64_t{1} * g.num_samples * g.groups * covers(g.pixels, e.pixels) *
-           covers(g.K, e.channels);
+    return int64_t{1} * g.num_samples * g.groups * covers(g.pixels, e.pixels) * covers(g.K, e.channels);
   };
   if (splits > 1) {
     const bool flat = source == WeightSource::kPrivate && wide && g.pixels > SmallTile::kPixels;
@@ -41,8 +40,7 @@ TileKind choose_tile(const ConvGeometry& g, WeightSource source, bool wide, int3
     const bool fills = blocks(TileKind::kTall) >= kFill || g.columns > kCostlyColumns;
     return wide && fills && g.pixels > SmallTile::kPixels ? TileKind::kTall : TileKind::kSmall;
   }
-  const bool even =
-      wide && 2 * covers(g.K, LargeTile::kChannels) == covers(g.K, TallTile::kChannels);
+  const bool even = wide && 2 * covers(g.K, LargeTile::kChannels) == covers(g.K, TallTile::kChannels);
   const TileKind tile = even ? TileKind::kLarge : TileKind::kTall;
   return blocks(tile) >= kFill ? tile : TileKind::kSmall;
 }
@@ -69,23 +67,18 @@ FpropPlan plan_fprop(const FpropParams& params, const ConvWeight& weight) {
   plan.strips = covers(g.groups * g.K, tile.threads / kRowChunks);
   const int32_t draw_groups = covers(g.num_samples, kTaskDraws);
   plan.tasks = cooperates ? draw_groups * plan.steps * plan.strips : 0;
-  plan.slots = cooperates ? plan.steps * plan.strips
-               : samples  ? g.groups * plan.channel_tiles * plan.splits
-                          : 0;
+  plan.slots = cooperates ? plan.steps * plan.strips : samples ? g.groups * plan.channel_tiles * plan.splits : 0;
   plan.counters = cooperates ? draw_groups * plan.steps : 0;
   const int64_t tickets = split_tickets(plan.splits, images, g.pixels, g.K);
-  plan.counters_bytes =
-      samples || tickets > 0 ? round_up((plan.counters + 1 + tickets) * 4, 256) : 0;
+  plan.counters_bytes = samples || tickets > 0 ? round_up((plan.counters + 1 + tickets) * 4, 256) : 0;
   // Room for the shortest strips and the narrowest tiles: the size is a function of the shape, not
   // of the pointers' alignment, which has a say in the choice of the tile.
   constexpr int32_t kShortest = SmallTile::kThreads / kRowChunks;
   const int64_t slots = cooperates ? int64_t{plan.steps} * covers(g.groups * g.K, kShortest)
-                        : samples
-                            ? int64_t{g.groups} * covers(g.K, FlatTile::kChannels) * plan.splits
-                            : 0;
+                        : samples  ? int64_t{g.groups} * covers(g.K, FlatTile::kChannels) * plan.splits
+                                   : 0;
   plan.slots_bytes = round_up(slots * 8, 256);
-  plan.slabs_bytes =
-      cooperates ? int64_t{g.num_samples} * plan.steps * g.groups * g.K * kRowBytes : 0;
+  plan.slabs_bytes = cooperates ? int64_t{g.num_samples} * plan.steps * g.groups * g.K * kRowBytes : 0;
   plan.sums_bytes = split_slab_bytes(plan.splits, images, g.pixels, g.K);
   return plan;
 }
@@ -103,8 +96,7 @@ OutputView output_view(const FpropParams& params) {
   view.activation_param = params.activation_param;
   view.pack = output_pack(params.output, params.output_stride, K, grouped, bytes);
   if (params.pre_activation != nullptr) {
-    const int32_t pack =
-        output_pack(params.pre_activation, params.output_stride, K, grouped, bytes);
+    const int32_t pack = output_pack(params.pre_activation, params.output_stride, K, grouped, bytes);
     view.pack = pack < view.pack ? pack : view.pack;
   }
   return view;
@@ -127,8 +119,7 @@ FpropArgs make_args(const FpropParams& params, const ConvWeight& weight, const F
   unsigned char* slots = workspace + plan.counters_bytes;
   unsigned char* slabs = slots + plan.slots_bytes;
   uint32_t* counters = reinterpret_cast<uint32_t*>(workspace);
-  args.sum = {reinterpret_cast<float*>(slabs + plan.slabs_bytes), counters + 1 + plan.counters,
-              plan.splits};
+  args.sum = {reinterpret_cast<float*>(slabs + plan.slabs_bytes), counters + 1 + plan.counters, plan.splits};
   const int32_t filters = args.conv.groups * args.conv.K;
   if (weight.source == WeightSource::kGiven) {
     args.weights = given_weights(weight.given, filters, args.conv.columns, bytes);
@@ -146,12 +137,10 @@ FpropArgs make_args(const FpropParams& params, const ConvWeight& weight, const F
 
 size_t fprop_workspace(const FpropParams& params, const ConvWeight& weight) {
   const FpropPlan plan = plan_fprop(params, weight);
-  return static_cast<size_t>(plan.counters_bytes + plan.slots_bytes + plan.slabs_bytes +
-                             plan.sums_bytes);
+  return static_cast<size_t>(plan.counters_bytes + plan.slots_bytes + plan.slabs_bytes + plan.sums_bytes);
 }
 
-int fprop(const FpropParams& params, const ConvWeight& weight, void* workspace,
-          StreamHandle stream) {
+int fprop(const FpropParams& params, const ConvWeight& weight, void* workspace, StreamHandle stream) {
   const FpropPlan plan = plan_fprop(params, weight);
   const FpropArgs args = make_args(params, weight, plan, static_cast<unsigned char*>(workspace));
   if (plan.counters_bytes > 0) {

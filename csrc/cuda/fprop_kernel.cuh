@@ -42,8 +42,8 @@ FBC_DEVICE TilePosition stored_tile(const FpropArgs& args, int32_t tile) {
   const int32_t channel_tiles = args.channel_tiles * args.conv.groups;
   const int32_t channel = tile % channel_tiles, rest = tile / channel_tiles;
   const int32_t outer = rest / args.pixel_tiles, splits = Tile::kSplits ? args.sum.splits : 1;
-  return {outer / splits, channel / args.channel_tiles, channel % args.channel_tiles,
-          rest % args.pixel_tiles, outer % splits};
+  return {outer / splits, channel / args.channel_tiles, channel % args.channel_tiles, rest % args.pixel_tiles,
+          outer % splits};
 }
 // Neighbouring blocks sample the same weights of different draws: they share loc and scale.
 template <typename Tile>
@@ -51,8 +51,7 @@ FBC_DEVICE TilePosition private_tile(const FpropArgs& args, int32_t tile) {
   const int32_t draw = tile % args.conv.num_samples, inner = tile / args.conv.num_samples;
   const int32_t splits = Tile::kSplits ? args.sum.splits : 1, rest = inner / splits;
   const int32_t channel = rest / args.pixel_tiles;
-  return {draw, channel / args.channel_tiles, channel % args.channel_tiles, rest % args.pixel_tiles,
-          inner % splits};
+  return {draw, channel / args.channel_tiles, channel % args.channel_tiles, rest % args.pixel_tiles, inner % splits};
 }
 template <typename Tile>
 FBC_DEVICE StepRange steps_of(const FpropArgs& args, const TilePosition& at) {
@@ -65,26 +64,22 @@ FBC_DEVICE StepRange steps_of(const FpropArgs& args, const TilePosition& at) {
 
 template <typename T>
 FBC_DEVICE ImageView<T> input_view(const FpropArgs& args) {
-  return {static_cast<const T*>(args.input), args.input_stride.h, args.input_stride.w, args.step,
-          args.gather_unit};
+  return {static_cast<const T*>(args.input), args.input_stride.h, args.input_stride.w, args.step, args.gather_unit};
 }
 
 // Fills the tables of a tile, once every warp has done with those of the tile before.
 template <typename Tile>
-FBC_DEVICE void begin_tile(ConvShared<Tile>& shared, const FpropArgs& args,
-                           const TilePosition& at) {
+FBC_DEVICE void begin_tile(ConvShared<Tile>& shared, const FpropArgs& args, const TilePosition& at) {
   const ConvGeometry& g = args.conv;
   gpu::sync();
   const int32_t first = at.pixel_tile * Tile::kPixels;
-  locate_pixels<Tile::kPixels, Tile::kThreads>(shared.rows, first, at.draw, at.group * g.C,
-                                               args.input_stride, g);
+  locate_pixels<Tile::kPixels, Tile::kThreads>(shared.rows, first, at.draw, at.group * g.C, args.input_stride, g);
   for (int i = static_cast<int>(threadIdx.x); i < Tile::kPixels; i += Tile::kThreads) {
     int64_t offset = kNoOutput;
     if (first + i < g.pixels) {
       const PixelIndex pixel = pixel_index(first + i, g);
       const ImageStrides& stride = args.output.stride;
-      offset = (int64_t{at.draw} * g.rows + pixel.n) * stride.n + pixel.p * stride.h +
-               pixel.q * stride.w;
+      offset = (int64_t{at.draw} * g.rows + pixel.n) * stride.n + pixel.p * stride.h + pixel.q * stride.w;
     }
     shared.out[i] = offset;
   }
@@ -102,28 +97,25 @@ FBC_DEVICE void end_tile(ConvShared<Tile>& shared, const FpropArgs& args, const 
   if constexpr (Tile::kSplits) {
     if (args.sum.splits > 1) {
       const int32_t images = at.draw * args.conv.groups + at.group;
-      const int32_t tile =
-          (images * args.pixel_tiles + at.pixel_tile) * args.channel_tiles + at.channel_tile;
+      const int32_t tile = (images * args.pixel_tiles + at.pixel_tile) * args.channel_tiles + at.channel_tile;
       const int32_t pixels = args.conv.pixels - at.pixel_tile * Tile::kPixels;
       const int32_t channels = args.conv.K - at.channel_tile * Tile::kChannels;
       if (!add_splits(acc, args.sum, tile, at.split, pixels, channels, shared.scratch)) return;
     }
   }
-  store_tile<T, Tile>(acc, shared, args.output, bias, begin + at.channel_tile * Tile::kChannels,
-                      begin + args.conv.K, warp, lane);
+  store_tile<T, Tile>(acc, shared, args.output, bias, begin + at.channel_tile * Tile::kChannels, begin + args.conv.K,
+                      warp, lane);
 }
 
 template <typename T, bool kWide, typename Tile>
-FBC_DEVICE void stored_product(ConvShared<Tile>& shared, const FpropArgs& args,
-                               const TilePosition& at, SlabWatch& watch, Accumulators<Tile>& acc,
-                               int warp, int lane) {
+FBC_DEVICE void stored_product(ConvShared<Tile>& shared, const FpropArgs& args, const TilePosition& at,
+                               SlabWatch& watch, Accumulators<Tile>& acc, int warp, int lane) {
   constexpr int kStages = Tile::kStages;
   const int thread = static_cast<int>(threadIdx.x);
   const ImageView<T> image = input_view<T>(args);
   const StepRange steps = steps_of<Tile>(args, at);
   StoredRows<Tile> weights(args.weights, at, steps.begin, args.conv, thread);
-  PixelGather<T, kWide, Tile::kPixels, Tile::kThreads> gather(thread, steps.begin * kDepth<T>,
-                                                              args.conv);
+  PixelGather<T, kWide, Tile::kPixels, Tile::kThreads> gather(thread, steps.begin * kDepth<T>, args.conv);
   watch.begin_tile(args.slabs, at.draw, Tile::kSplits && args.sum.splits > 1);
   const auto start = [&](int32_t step, int into) {
     if (step < steps.end) {
@@ -155,12 +147,10 @@ void fprop_stored(FBC_PARAM FpropArgs args) {
   SlabWatch watch = {INT32_MAX, 0};
   if (args.slabs.tasks > 0) {
     sample_slabs<T, Tile::kThreads>(args.slabs, args.sampler, args.conv.num_samples,
-                                    kept_weight<T>(args.kept, args.sampler), args.kl,
-                                    shared.scratch);
+                                    kept_weight<T>(args.kept, args.sampler), args.kl, shared.scratch);
     watch.ready = 0;
   }
-  for (int32_t tile = static_cast<int32_t>(blockIdx.x); tile < args.tiles;
-       tile += static_cast<int32_t>(gridDim.x)) {
+  for (int32_t tile = static_cast<int32_t>(blockIdx.x); tile < args.tiles; tile += static_cast<int32_t>(gridDim.x)) {
     const TilePosition at = stored_tile<Tile>(args, tile);
     Accumulators<Tile> acc;
     acc.clear();
@@ -172,8 +162,8 @@ void fprop_stored(FBC_PARAM FpropArgs args) {
 
 // Samples the weights of one step of the tile into its stage.
 template <typename T, typename Tile>
-FBC_DEVICE void sample_stage(unsigned char* stage, const FpropArgs& args, const TilePosition& at,
-                             NoiseKey key, int32_t step) {
+FBC_DEVICE void sample_stage(unsigned char* stage, const FpropArgs& args, const TilePosition& at, NoiseKey key,
+                             int32_t step) {
   constexpr int kRowQuads = kDepth<T> / 4, kQuads = Tile::kChannels * kRowQuads;
   static_assert(kQuads % Tile::kThreads == 0, "threads share the tile evenly");
   const WeightSampler& w = args.sampler;
@@ -191,17 +181,14 @@ FBC_DEVICE void sample_stage(unsigned char* stage, const FpropArgs& args, const 
         kept_weight<T>(args.kept, w).store(w, at.draw, k, column, value);
       }
     }
-    store_weight_quad(
-        reinterpret_cast<T*>(stage + Tile::kWeights + tile_offset<T, kRowChunks>(row, element)),
-        value);
+    store_weight_quad(reinterpret_cast<T*>(stage + Tile::kWeights + tile_offset<T, kRowChunks>(row, element)), value);
   }
 }
 
 // The divergence of the tile's filters (of its split's columns), after the product: inside it would
 // cost it registers.
 template <typename T, typename Tile>
-FBC_DEVICE void sum_kl_of_tile(ConvShared<Tile>& shared, const FpropArgs& args,
-                               const TilePosition& at) {
+FBC_DEVICE void sum_kl_of_tile(ConvShared<Tile>& shared, const FpropArgs& args, const TilePosition& at) {
   const WeightSampler& w = args.sampler;
   const int32_t first = at.channel_tile * Tile::kChannels, left = args.conv.K - first;
   const int32_t filters = left < Tile::kChannels ? left : Tile::kChannels;
@@ -209,8 +196,7 @@ FBC_DEVICE void sum_kl_of_tile(ConvShared<Tile>& shared, const FpropArgs& args,
   const int32_t begin = steps.begin * kDepth<T>, end = steps.end * kDepth<T>;
   const int32_t row_quads = covers((end < w.columns ? end : w.columns) - begin, 4);
   double kl = 0.0;
-  for (int32_t number = static_cast<int32_t>(threadIdx.x); number < filters * row_quads;
-       number += Tile::kThreads) {
+  for (int32_t number = static_cast<int32_t>(threadIdx.x); number < filters * row_quads; number += Tile::kThreads) {
     const int32_t k = at.group * args.conv.K + first + number / row_quads;
     const int32_t column = begin + number % row_quads * 4;
     kl += kl_of_quad(w, load_weight_quad(w, k, column, w.columns), k, column);
@@ -224,16 +210,15 @@ FBC_DEVICE void sum_kl_of_tile(ConvShared<Tile>& shared, const FpropArgs& args,
 }
 
 template <typename T, bool kWide, typename Tile>
-FBC_DEVICE void private_product(ConvShared<Tile>& shared, const FpropArgs& args,
-                                const TilePosition& at, Accumulators<Tile>& acc, int warp,
-                                int lane) {
+FBC_DEVICE void private_product(ConvShared<Tile>& shared, const FpropArgs& args, const TilePosition& at,
+                                Accumulators<Tile>& acc, int warp, int lane) {
   constexpr int kStages = Tile::kStages;
   const ImageView<T> image = input_view<T>(args);
   const NoiseKey key = draw_key(args.sampler, at.draw);
   const bool late = (warp & 4) != 0;  // of two warps on one scheduler one samples, one multiplies
   const StepRange steps = steps_of<Tile>(args, at);
-  PixelGather<T, kWide, Tile::kPixels, Tile::kThreads> gather(static_cast<int>(threadIdx.x),
-                                                              steps.begin * kDepth<T>, args.conv);
+  PixelGather<T, kWide, Tile::kPixels, Tile::kThreads> gather(static_cast<int>(threadIdx.x), steps.begin * kDepth<T>,
+                                                              args.conv);
   const auto start = [&](int32_t step, int into) {
     if (step < steps.end) {
       gather.copy(shared.stage[into], shared.rows, image, args.conv);

@@ -11,8 +11,7 @@ int launch_stored(void (*kernel)(FpropArgs), const FpropArgs& args, StreamHandle
   constexpr size_t kShared = sizeof(ConvShared<Tile>);
   if (args.slabs.tasks == 0) {
     if (args.tiles == 0) return 0;
-    return gpu::launch(kernel, dim3(static_cast<unsigned>(args.tiles)), Tile::kThreads, kShared,
-                       stream, args);
+    return gpu::launch(kernel, dim3(static_cast<unsigned>(args.tiles)), Tile::kThreads, kShared, stream, args);
   }
   int blocks = 0;
   if (const int status = gpu::resident_blocks(kernel, Tile::kThreads, kShared, &blocks)) {
@@ -20,14 +19,13 @@ int launch_stored(void (*kernel)(FpropArgs), const FpropArgs& args, StreamHandle
   }
   const int32_t useful = args.slabs.tasks > args.tiles ? args.slabs.tasks : args.tiles;
   if (blocks > useful) blocks = useful;
-  return gpu::launch_cooperative(kernel, dim3(static_cast<unsigned>(blocks)), Tile::kThreads,
-                                 kShared, stream, args);
+  return gpu::launch_cooperative(kernel, dim3(static_cast<unsigned>(blocks)), Tile::kThreads, kShared, stream, args);
 }
 
 template <typename T, bool kWide, typename Tile>
 int launch_private(const FpropArgs& args, StreamHandle stream) {
-  return gpu::launch(fprop_private<T, kWide, Tile>, dim3(static_cast<unsigned>(args.tiles)),
-                     Tile::kThreads, sizeof(ConvShared<Tile>), stream, args);
+  return gpu::launch(fprop_private<T, kWide, Tile>, dim3(static_cast<unsigned>(args.tiles)), Tile::kThreads,
+                     sizeof(ConvShared<Tile>), stream, args);
 }
 
 // plan_fprop() pairs narrow copies with the tall stored tile and the small private one, at most,

@@ -41,9 +41,7 @@ constexpr size_t kMaxParameters = 4096;
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 
 FBC_DEVICE unsigned char* shared() { return dynamic_shared; }
-FBC_DEVICE uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+FBC_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // ---- threads ------------------------------------------------------------------------------------
 FBC_DEVICE void sync() { __syncthreads(); }
@@ -61,12 +59,11 @@ template <int kBytes>
 FBC_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   const int bytes = valid ? kBytes : 0;
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
-                 "l"(global), "n"(kBytes), "r"(bytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
+                 "n"(kBytes), "r"(bytes)
                  : "memory");
   }
 }
@@ -145,10 +142,7 @@ FBC_DEVICE void wait_at_least(const uint32_t* counter, uint32_t value) {
 // Adds 1 and returns the count before, releasing and acquiring: the last block out sees all others.
 FBC_DEVICE uint32_t take_ticket(uint32_t* counter) {
   uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
-               : "=r"(before)
-               : "l"(counter)
-               : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
 
@@ -191,11 +185,9 @@ inline int set_shared_limit(const void* kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return 0;
   int limit = 0;
   return ask_once(kernel, 0, 0, &limit, [&](int device) {
-    const cudaError_t status =
-        cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return status != cudaSuccess
-               ? status
-               : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    const cudaError_t status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return status != cudaSuccess ? status
+                                 : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
   });
 }
 }  // namespace detail
@@ -206,19 +198,19 @@ int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_byte
   const void* function = reinterpret_cast<const void*>(kernel);
   if (const int status = detail::set_shared_limit(function, shared_bytes)) return status;
   void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))...};
-  return static_cast<int>(cudaLaunchKernel(function, grid, dim3(threads), arguments, shared_bytes,
-                                           static_cast<cudaStream_t>(stream)));
+  return static_cast<int>(
+      cudaLaunchKernel(function, grid, dim3(threads), arguments, shared_bytes, static_cast<cudaStream_t>(stream)));
 }
 
 // All blocks resident at once: for kernels whose blocks wait for one another.
 template <typename... Params>
-int launch_cooperative(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
-                       void* stream, detail::Argument<Params>... params) {
+int launch_cooperative(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, void* stream,
+                       detail::Argument<Params>... params) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if (const int status = detail::set_shared_limit(function, shared_bytes)) return status;
   void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))...};
-  return static_cast<int>(cudaLaunchCooperativeKernel(
-      function, grid, dim3(threads), arguments, shared_bytes, static_cast<cudaStream_t>(stream)));
+  return static_cast<int>(cudaLaunchCooperativeKernel(function, grid, dim3(threads), arguments, shared_bytes,
+                                                      static_cast<cudaStream_t>(stream)));
 }
 
 // How many blocks of this kernel the current device holds at once.
@@ -228,11 +220,9 @@ int resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes,
   if (const int status = detail::set_shared_limit(function, shared_bytes)) return status;
   return detail::ask_once(function, threads, shared_bytes, blocks, [&](int device) {
     int multiprocessors = 0, on_each = 0;
-    cudaError_t status =
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaError_t status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (status == cudaSuccess) {
-      status =
-          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, function, threads, shared_bytes);
+      status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, function, threads, shared_bytes);
     }
     *blocks = multiprocessors * on_each;
     return status;

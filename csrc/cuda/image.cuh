@@ -25,13 +25,10 @@ struct ImageTensor {
   ImageStrides* stride;  // adapted to the merged extents
 };
 
-inline bool steps_by(int64_t extent, int64_t stride, int64_t vector) {
-  return extent == 1 || stride % vector == 0;
-}
+inline bool steps_by(int64_t extent, int64_t stride, int64_t vector) { return extent == 1 || stride % vector == 0; }
 
 template <typename scalar_t>
-bool can_be_wide(const ImageWalk& walk, const ImageTensor* tensors, int count,
-                 bool along_channels) {
+bool can_be_wide(const ImageWalk& walk, const ImageTensor* tensors, int count, bool along_channels) {
   constexpr int64_t kVector = kWideVector<scalar_t>;
   if ((along_channels ? walk.K : walk.Q) % kVector != 0) return false;
   for (int t = 0; t < count; ++t) {
@@ -41,8 +38,7 @@ bool can_be_wide(const ImageWalk& walk, const ImageTensor* tensors, int count,
     const int64_t other = along_channels ? s.w : s.c;
     const int64_t others = along_channels ? walk.Q : walk.K;
     if (inner != 1 || !steps_by(others, other, kVector) || !steps_by(walk.P, s.h, kVector) ||
-        !steps_by(walk.rows, s.n, kVector) ||
-        !is_aligned<scalar_t, static_cast<int>(kVector)>(tensors[t].data)) {
+        !steps_by(walk.rows, s.n, kVector) || !is_aligned<scalar_t, static_cast<int>(kVector)>(tensors[t].data)) {
       return false;
     }
   }
@@ -52,8 +48,7 @@ bool can_be_wide(const ImageWalk& walk, const ImageTensor* tensors, int count,
 // Merges P into Q where every tensor is dense there, then chooses. The first tensor decides the
 // order where no vector fits.
 template <typename scalar_t>
-ImageWalk plan_walk(int64_t rows, int64_t P, int64_t Q, int64_t K, const ImageTensor* tensors,
-                    int count) {
+ImageWalk plan_walk(int64_t rows, int64_t P, int64_t Q, int64_t K, const ImageTensor* tensors, int count) {
   ImageWalk walk = {rows, P, Q, K, true, true};
   bool dense = P > 1 && P * Q < kNarrow;
   for (int t = 0; t < count; ++t) {
@@ -91,8 +86,7 @@ FBC_DEVICE void store_vector(scalar_t* to, const acc_t<scalar_t> (&value)[kVecto
   }
 }
 
-FBC_DEVICE int64_t pixel_offset(const ImageStrides& stride, int64_t n, int64_t p, int64_t q,
-                                int64_t k) {
+FBC_DEVICE int64_t pixel_offset(const ImageStrides& stride, int64_t n, int64_t p, int64_t q, int64_t k) {
   return n * stride.n + p * stride.h + q * stride.w + k * stride.c;
 }
 

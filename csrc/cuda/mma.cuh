@@ -53,8 +53,7 @@ FBC_DEVICE int chunk_offset(int row, int chunk) {  // bytes from the start of th
 template <typename T, int kChunks>
 FBC_DEVICE int tile_offset(int row, int column) {  // bytes, of one element
   constexpr int kPerChunk = kChunkElements<T>;
-  return chunk_offset<kChunks>(row, column / kPerChunk) +
-         column % kPerChunk * static_cast<int>(sizeof(T));
+  return chunk_offset<kChunks>(row, column / kPerChunk) + column % kPerChunk * static_cast<int>(sizeof(T));
 }
 
 template <typename T>
@@ -74,8 +73,7 @@ FBC_DEVICE void load_a(uint32_t (&a)[4], const unsigned char* tile, int row, int
 // Two n8 tiles: b[0], b[1] for rows [row, row + 8), b[2], b[3] for [row + 8, row + 16) of [n][k].
 template <typename T, int kChunks>
 FBC_DEVICE void load_b(uint32_t (&b)[4], const unsigned char* tile, int row, int chunk, int lane) {
-  gpu::load_matrices(b, tile + chunk_offset<kChunks>(row + (lane & 7) + (lane >> 4) * 8,
-                                                     chunk + ((lane >> 3) & 1)));
+  gpu::load_matrices(b, tile + chunk_offset<kChunks>(row + (lane & 7) + (lane >> 4) * 8, chunk + ((lane >> 3) & 1)));
   round_fragment<T>(b);
 }
 // Of a float tile [k][m] or [k][n], reduction index k of a product's 8 is row transposed_row(k): the
@@ -92,36 +90,30 @@ FBC_DEVICE int transposed_row(int k) {
 
 // a: columns [column, column + 16) by rows [row, row + depth) of a tile [k][m].
 template <typename T, int kChunks>
-FBC_DEVICE void load_a_transposed(uint32_t (&a)[4], const unsigned char* tile, int row, int column,
-                                  int lane) {
+FBC_DEVICE void load_a_transposed(uint32_t (&a)[4], const unsigned char* tile, int row, int column, int lane) {
   if constexpr (sizeof(T) == 2) {
     gpu::load_matrices_transposed(
-        a, tile + chunk_offset<kChunks>(row + (lane & 7) + (lane >> 4) * 8,
-                                        column / 8 + ((lane >> 3) & 1)));
+        a, tile + chunk_offset<kChunks>(row + (lane & 7) + (lane >> 4) * 8, column / 8 + ((lane >> 3) & 1)));
   } else {
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) {
       a[i] = *reinterpret_cast<const uint32_t*>(
-          tile + tile_offset<T, kChunks>(row + 2 * (lane & 3) + (i >> 1),
-                                            column + (lane >> 2) + 8 * (i & 1)));
+          tile + tile_offset<T, kChunks>(row + 2 * (lane & 3) + (i >> 1), column + (lane >> 2) + 8 * (i & 1)));
     }
     round_fragment<T>(a);
   }
 }
 // Two n8 tiles: columns [column, column + 16) by rows [row, row + depth) of a tile [k][n].
 template <typename T, int kChunks>
-FBC_DEVICE void load_b_transposed(uint32_t (&b)[4], const unsigned char* tile, int row, int column,
-                                  int lane) {
+FBC_DEVICE void load_b_transposed(uint32_t (&b)[4], const unsigned char* tile, int row, int column, int lane) {
   if constexpr (sizeof(T) == 2) {
     gpu::load_matrices_transposed(
-        b, tile + chunk_offset<kChunks>(row + (lane & 7) + ((lane >> 3) & 1) * 8,
-                                        column / 8 + (lane >> 4)));
+        b, tile + chunk_offset<kChunks>(row + (lane & 7) + ((lane >> 3) & 1) * 8, column / 8 + (lane >> 4)));
   } else {
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) {
       b[i] = *reinterpret_cast<const uint32_t*>(
-          tile + tile_offset<T, kChunks>(row + 2 * (lane & 3) + (i & 1),
-                                            column + (lane >> 2) + 8 * (i >> 1)));
+          tile + tile_offset<T, kChunks>(row + 2 * (lane & 3) + (i & 1), column + (lane >> 2) + 8 * (i >> 1)));
     }
     round_fragment<T>(b);
   }
@@ -130,8 +122,7 @@ FBC_DEVICE void load_b_transposed(uint32_t (&b)[4], const unsigned char* tile, i
 // acc (16 kM x 16 kN) += a * b: kM fragments of a, kN pairs of b. acc[i][2j + h] is the 16 x 8 tile
 // i, 2j + h.
 template <typename T, int kM, int kN>
-FBC_DEVICE void multiply(float (&acc)[kM][2 * kN][4], const uint32_t (&a)[kM][4],
-                         const uint32_t (&b)[kN][4]) {
+FBC_DEVICE void multiply(float (&acc)[kM][2 * kN][4], const uint32_t (&a)[kM][4], const uint32_t (&b)[kN][4]) {
   FBC_UNROLL
   for (int i = 0; i < kM; ++i) {
     FBC_UNROLL

@@ -18,12 +18,9 @@ namespace {
 
 constexpr int kNoiseThreads = 256;
 
-FBC_DEVICE int64_t thread_number() {
-  return static_cast<int64_t>(blockIdx.x) * kNoiseThreads + threadIdx.x;
-}
+FBC_DEVICE int64_t thread_number() { return static_cast<int64_t>(blockIdx.x) * kNoiseThreads + threadIdx.x; }
 FBC_DEVICE NoiseKey key_of(const int64_t* seed, int64_t sample) {
-  return {static_cast<uint64_t>(seed[0]),
-          static_cast<uint64_t>(seed[1]) + static_cast<uint64_t>(sample)};
+  return {static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(seed[1]) + static_cast<uint64_t>(sample)};
 }
 
 // The four elements of one block, those inside [first, first + count) stored. draw(element, z)
@@ -42,16 +39,13 @@ FBC_DEVICE void draw_block(uint64_t first, int64_t count, float* out, Draw&& dra
 }
 
 FBC_KERNEL(kNoiseThreads, 4)
-void normals_kernel(const int64_t* seed, int64_t sample, Stream stream, uint64_t first,
-                    int64_t count, float* out) {
+void normals_kernel(const int64_t* seed, int64_t sample, Stream stream, uint64_t first, int64_t count, float* out) {
   const NoiseKey key = key_of(seed, sample);
-  draw_block(first, count, out,
-             [&](uint64_t element, float (&z)[4]) { normal_quad(key, stream, element, z); });
+  draw_block(first, count, out, [&](uint64_t element, float (&z)[4]) { normal_quad(key, stream, element, z); });
 }
 
 FBC_KERNEL(kNoiseThreads, 4)
-void signs_kernel(const int64_t* seed, int64_t sample, Stream stream, uint64_t first, int64_t count,
-                  float* out) {
+void signs_kernel(const int64_t* seed, int64_t sample, Stream stream, uint64_t first, int64_t count, float* out) {
   const NoiseKey key = key_of(seed, sample);
   draw_block(first, count, out, [&](uint64_t element, float (&z)[4]) {
     const PhiloxWords words = noise_words(key, stream, element / kElementsPerCounter);
@@ -66,8 +60,7 @@ void philox_kernel(const int64_t* counter, const int64_t* key, int64_t count, in
   if (i >= count) return;
   PhiloxWords words;
   for (int j = 0; j < 4; ++j) words.word[j] = static_cast<uint32_t>(counter[4 * i + j]);
-  words = philox4x32_10(words, static_cast<uint32_t>(key[2 * i]),
-                        static_cast<uint32_t>(key[2 * i + 1]));
+  words = philox4x32_10(words, static_cast<uint32_t>(key[2 * i]), static_cast<uint32_t>(key[2 * i + 1]));
   for (int j = 0; j < 4; ++j) out[4 * i + j] = static_cast<int64_t>(words.word[j]);
 }
 
@@ -75,8 +68,7 @@ FBC_KERNEL(kNoiseThreads, 4)
 void derive_kernel(const int64_t* seed, int64_t first, int64_t count, int64_t* out) {
   const int64_t i = thread_number();
   if (i >= count) return;
-  const PhiloxWords words =
-      noise_words(key_of(seed, 0), Stream::kDerive, static_cast<uint64_t>(first + i));
+  const PhiloxWords words = noise_words(key_of(seed, 0), Stream::kDerive, static_cast<uint64_t>(first + i));
   for (int j = 0; j < 2; ++j) {
     out[2 * i + j] = static_cast<int64_t>(static_cast<uint64_t>(words.word[2 * j]) |
                                           static_cast<uint64_t>(words.word[2 * j + 1]) << 32);
@@ -94,38 +86,34 @@ inline dim3 grid_of_threads(int64_t threads) {
 
 }  // namespace
 
-int normals(const int64_t* seed, int64_t sample, Stream stream_number, int64_t first, int64_t count,
-            float* out, StreamHandle stream) {
+int normals(const int64_t* seed, int64_t sample, Stream stream_number, int64_t first, int64_t count, float* out,
+            StreamHandle stream) {
   const int64_t quads = quads_of(first, count);
   if (quads == 0) return 0;
   if (!fits(quads)) return 1;
-  return gpu::launch(normals_kernel, grid_of_threads(quads), kNoiseThreads, 0, stream, seed, sample,
-                     stream_number, static_cast<uint64_t>(first), count, out);
+  return gpu::launch(normals_kernel, grid_of_threads(quads), kNoiseThreads, 0, stream, seed, sample, stream_number,
+                     static_cast<uint64_t>(first), count, out);
 }
 
-int signs(const int64_t* seed, int64_t sample, Stream stream_number, int64_t first, int64_t count,
-          float* out, StreamHandle stream) {
+int signs(const int64_t* seed, int64_t sample, Stream stream_number, int64_t first, int64_t count, float* out,
+          StreamHandle stream) {
   const int64_t quads = quads_of(first, count);
   if (quads == 0) return 0;
   if (!fits(quads)) return 1;
-  return gpu::launch(signs_kernel, grid_of_threads(quads), kNoiseThreads, 0, stream, seed, sample,
-                     stream_number, static_cast<uint64_t>(first), count, out);
+  return gpu::launch(signs_kernel, grid_of_threads(quads), kNoiseThreads, 0, stream, seed, sample, stream_number,
+                     static_cast<uint64_t>(first), count, out);
 }
 
-int philox(const int64_t* counter, const int64_t* key, int64_t count, int64_t* out,
-           StreamHandle stream) {
+int philox(const int64_t* counter, const int64_t* key, int64_t count, int64_t* out, StreamHandle stream) {
   if (count <= 0) return 0;
   if (!fits(count)) return 1;
-  return gpu::launch(philox_kernel, grid_of_threads(count), kNoiseThreads, 0, stream, counter, key,
-                     count, out);
+  return gpu::launch(philox_kernel, grid_of_threads(count), kNoiseThreads, 0, stream, counter, key, count, out);
 }
 
-int derive_seeds(const int64_t* seed, int64_t first, int64_t count, int64_t* out,
-                 StreamHandle stream) {
+int derive_seeds(const int64_t* seed, int64_t first, int64_t count, int64_t* out, StreamHandle stream) {
   if (count <= 0) return 0;
   if (!fits(count)) return 1;
-  return gpu::launch(derive_kernel, grid_of_threads(count), kNoiseThreads, 0, stream, seed, first,
-                     count, out);
+  return gpu::launch(derive_kernel, grid_of_threads(count), kNoiseThreads, 0, stream, seed, first, count, out);
 }
 
 }  // namespace fbc::cuda

@@ -46,10 +46,10 @@ const char* one_pass_cannot(const ConvShape& s, Dtype dtype) {
   if (!within(kMaxPixels, {rows, s.P, s.Q}) || !within(kMaxPixels, {rows, s.H, s.W})) {
     return "a draw has more than 2^30 pixels";
   }
-  const auto reaches = [](int64_t outputs, int64_t stride, int64_t filter, int64_t dilation,
-                          int64_t padding, int64_t extent) {
-    return !within(kMaxReach, {outputs, stride}) || !within(kMaxReach, {filter, dilation}) ||
-           padding > kMaxReach || extent > kMaxReach;
+  const auto reaches = [](int64_t outputs, int64_t stride, int64_t filter, int64_t dilation, int64_t padding,
+                          int64_t extent) {
+    return !within(kMaxReach, {outputs, stride}) || !within(kMaxReach, {filter, dilation}) || padding > kMaxReach ||
+           extent > kMaxReach;
   };
   if (reaches(s.P, s.stride_h, s.R, s.dilation_h, s.pad_top, s.H) ||
       reaches(s.Q, s.stride_w, s.S, s.dilation_w, s.pad_left, s.W)) {
@@ -57,8 +57,7 @@ const char* one_pass_cannot(const ConvShape& s, Dtype dtype) {
   }
   const int64_t pixels = rows * (s.P * s.Q > s.H * s.W ? s.P * s.Q : s.H * s.W);
   const int64_t channels = C > K ? C : K, longest = s.R * s.S * channels;
-  if (!within(kMaxPixels,
-              {s.num_samples, s.groups, tiles_of(pixels, 64) + 1, tiles_of(channels, 64)}) ||
+  if (!within(kMaxPixels, {s.num_samples, s.groups, tiles_of(pixels, 64) + 1, tiles_of(channels, 64)}) ||
       !within(kMaxPixels, {s.num_samples, tiles_of(longest, 16), s.groups * channels})) {
     return "the launch has more than 2^30 tiles";
   }
@@ -81,16 +80,14 @@ WeightSource best_source(const ConvShape& s) {
   const bool flat = splits > 1 && pixels > SmallTile::kPixels;
   const int64_t tile_channels = flat ? FlatTile::kChannels : TallTile::kChannels;
   const int64_t tile_pixels = splits > 1 ? FlatTile::kPixels : TallTile::kPixels;
-  const int64_t blocks = splits * s.num_samples * s.groups * tiles_of(filters, tile_channels) *
-                         tiles_of(pixels, tile_pixels);
-  const int64_t of_block =
-      tiles_of(columns, splits) * (filters < tile_channels ? filters : tile_channels);
+  const int64_t blocks =
+      splits * s.num_samples * s.groups * tiles_of(filters, tile_channels) * tiles_of(pixels, tile_pixels);
+  const int64_t of_block = tiles_of(columns, splits) * (filters < tile_channels ? filters : tile_channels);
   const int64_t private_cost = tiles_of(blocks, kMultiprocessors) * of_block;
   const int64_t weights = s.num_samples * s.K * columns;
   int64_t cooperative_cost = weights / kMultiprocessors;
   if (2 * weights > kCachedBytes) cooperative_cost += cooperative_cost / 3;
-  return private_cost <= cooperative_cost + kStartUpWeights ? WeightSource::kPrivate
-                                                            : WeightSource::kCooperative;
+  return private_cost <= cooperative_cost + kStartUpWeights ? WeightSource::kPrivate : WeightSource::kCooperative;
 }
 
 }  // namespace fbc::cuda

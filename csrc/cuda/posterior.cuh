@@ -85,15 +85,14 @@ ElementMap map_elements(PosteriorParams<T>& p, WeightStrides* const* tensors, in
   map.whole = map.one_row || aligned;
   map.taps_fastest = aligned && p.loc_stride.c != 1 && p.R * p.S > 1;
   const bool narrow = map.elements < kNarrow;
-  map.radix =
-      map.taps_fastest ? make_radix(p.C / 4, p.R, p.S, narrow) : make_radix(p.R, p.S, p.C, narrow);
+  map.radix = map.taps_fastest ? make_radix(p.C / 4, p.R, p.S, narrow) : make_radix(p.R, p.S, p.C, narrow);
   return map;
 }
 
 // Whether quads of this tensor are aligned, dense packs.
 template <typename T>
-bool is_packed(const void* data, const WeightStrides& stride, const PosteriorParams<T>& p,
-               const ElementMap& map, int64_t element_bytes) {
+bool is_packed(const void* data, const WeightStrides& stride, const PosteriorParams<T>& p, const ElementMap& map,
+               int64_t element_bytes) {
   const int64_t alignment = element_bytes * 4 < 16 ? element_bytes * 4 : 16;
   const auto skips = [](int64_t extent, int64_t step) { return extent == 1 || step % 4 == 0; };
   return data != nullptr && map.whole && map.shift == 0 && stride.c == 1 && skips(p.K, stride.k) &&
@@ -101,9 +100,7 @@ bool is_packed(const void* data, const WeightStrides& stride, const PosteriorPar
          reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(alignment) == 0;
 }
 
-inline int64_t chunks_of(const ElementMap& map) {
-  return (map.quads + kChunkQuads - 1) / kChunkQuads;
-}
+inline int64_t chunks_of(const ElementMap& map) { return (map.quads + kChunkQuads - 1) / kChunkQuads; }
 template <typename T>
 bool can_store(Dtype dtype) {
   return sizeof(T) == 8 ? dtype == Dtype::kFloat64 : dtype != Dtype::kFloat64;
@@ -125,8 +122,7 @@ FBC_DEVICE int row_of_chunk(const Table<Entry, kCapacity>& table, uint32_t chunk
 }
 
 // eps of the quad's elements.
-FBC_DEVICE void normals_of(NoiseKey noise, Stream stream, uint64_t element_offset, const Quad& quad,
-                           float (&eps)[4]) {
+FBC_DEVICE void normals_of(NoiseKey noise, Stream stream, uint64_t element_offset, const Quad& quad, float (&eps)[4]) {
   // A multiple of four: one Philox call.
   const uint64_t number = element_offset + static_cast<uint64_t>(quad.first);
   normal_quad(noise, stream, number & ~uint64_t{3}, eps);

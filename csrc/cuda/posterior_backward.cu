@@ -59,8 +59,7 @@ FBC_DEVICE void sum_slabs(const GradRow<T>& row, const Quad& quad, const void* g
 
 // by_loc and by_scale from the gradients of all draws.
 template <bool kDense, typename T>
-FBC_DEVICE void sum_draws(const GradRow<T>& row, const Quad& quad, T (&by_loc)[4],
-                          T (&by_scale)[4]) {
+FBC_DEVICE void sum_draws(const GradRow<T>& row, const Quad& quad, T (&by_loc)[4], T (&by_scale)[4]) {
   const PosteriorGradEntry<T>& e = row.entry;
   const PosteriorParams<T>& p = e.posterior;
   FBC_UNROLL
@@ -75,9 +74,8 @@ FBC_DEVICE void sum_draws(const GradRow<T>& row, const Quad& quad, T (&by_loc)[4
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) by_loc[i] += grad[i];
     if (e.seed == nullptr) continue;
-    const NoiseKey noise = {
-        static_cast<uint64_t>(e.seed[0]),
-        static_cast<uint64_t>(e.seed[1]) + p.noise.offset + static_cast<uint64_t>(s)};
+    const NoiseKey noise = {static_cast<uint64_t>(e.seed[0]),
+                            static_cast<uint64_t>(e.seed[1]) + p.noise.offset + static_cast<uint64_t>(s)};
     float eps[4];
     normals_of(noise, p.stream, p.element_offset, quad, eps);
     FBC_UNROLL
@@ -88,27 +86,25 @@ FBC_DEVICE void sum_draws(const GradRow<T>& row, const Quad& quad, T (&by_loc)[4
 
 // The prior of four elements. posterior.prior_scale_value holds its inverse: the host has divided.
 template <bool kDense, typename T>
-FBC_DEVICE void load_prior(const GradRow<T>& row, const Quad& quad, T (&center)[4],
-                           T (&inverse)[4]) {
+FBC_DEVICE void load_prior(const GradRow<T>& row, const Quad& quad, T (&center)[4], T (&inverse)[4]) {
   const PosteriorParams<T>& p = row.entry.posterior;
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) center[i] = p.prior_loc_value, inverse[i] = p.prior_scale_value;
   if (p.prior_loc != nullptr) {
-    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_loc, p.prior_loc_stride,
-                      row.packed >> kByPriorLoc & 1u, center);
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_loc, p.prior_loc_stride, row.packed >> kByPriorLoc & 1u,
+                      center);
   }
   if (p.prior_scale != nullptr) {
-    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_scale, p.prior_scale_stride,
-                      row.packed >> kByPriorScale & 1u, inverse);
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_scale, p.prior_scale_stride, row.packed >> kByPriorScale & 1u,
+                      inverse);
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) inverse[i] = inverse_of_scale(inverse[i]);
   }
 }
 
 template <bool kDense, typename T>
-FBC_DEVICE void store_gradient(const GradRow<T>& row, const Quad& quad, T* data,
-                               const WeightStrides& stride, GradTensor tensor,
-                               const T (&value)[4]) {
+FBC_DEVICE void store_gradient(const GradRow<T>& row, const Quad& quad, T* data, const WeightStrides& stride,
+                               GradTensor tensor, const T (&value)[4]) {
   if (data == nullptr) return;
   store_quad<kDense>(kDtypeOf<T>, row.map, quad, data, stride, row.packed >> tensor & 1u, value);
 }
@@ -119,10 +115,8 @@ FBC_DEVICE void store_prior_gradients(const GradRow<T>& row, const Quad& quad, T
   const PosteriorGradEntry<T>& e = row.entry;
   const PosteriorParams<T>& p = e.posterior;
   T loc[4], rho[4], center[4], inverse[4];
-  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.loc, p.loc_stride, row.packed >> kByLoc & 1u,
-                    loc);
-  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.rho, p.rho_stride, row.packed >> kByRho & 1u,
-                    rho);
+  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.loc, p.loc_stride, row.packed >> kByLoc & 1u, loc);
+  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.rho, p.rho_stride, row.packed >> kByRho & 1u, rho);
   load_prior<kDense>(row, quad, center, inverse);
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -132,15 +126,13 @@ FBC_DEVICE void store_prior_gradients(const GradRow<T>& row, const Quad& quad, T
     loc[i] = g.loc, rho[i] = g.scale;
   }
   store_gradient<kDense>(row, quad, e.grad_prior_loc, e.grad_prior_loc_stride, kGradPriorLoc, loc);
-  store_gradient<kDense>(row, quad, e.grad_prior_scale, e.grad_prior_scale_stride, kGradPriorScale,
-                         rho);
+  store_gradient<kDense>(row, quad, e.grad_prior_scale, e.grad_prior_scale_stride, kGradPriorScale, rho);
 }
 
 // grad_loc is stored before rho is read, except where registers are plenty: the two halves of
 // posterior_grad() need different parameters.
 template <bool kDense, typename T>
-FBC_DEVICE void finish_quad(const GradRow<T>& row, const Quad& quad, T grad_kl, T (&by_loc)[4],
-                            T (&by_scale)[4]) {
+FBC_DEVICE void finish_quad(const GradRow<T>& row, const Quad& quad, T grad_kl, T (&by_loc)[4], T (&by_scale)[4]) {
   const PosteriorGradEntry<T>& e = row.entry;
   const PosteriorParams<T>& p = e.posterior;
   if (p.rho == nullptr) {
@@ -148,24 +140,19 @@ FBC_DEVICE void finish_quad(const GradRow<T>& row, const Quad& quad, T grad_kl, 
     return;
   }
   T loc[4], rho[4], center[4], inverse[4];
-  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.loc, p.loc_stride, row.packed >> kByLoc & 1u,
-                    loc);
+  load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.loc, p.loc_stride, row.packed >> kByLoc & 1u, loc);
   const bool packed = row.packed >> kByRho & 1u;
   if (kDense) load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.rho, p.rho_stride, packed, rho);
   load_prior<kDense>(row, quad, center, inverse);
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) {
-    by_loc[i] =
-        posterior_grad(by_loc[i], T(0), grad_kl, loc[i], T(0), center[i], inverse[i], p.scale_floor)
-            .loc;
+    by_loc[i] = posterior_grad(by_loc[i], T(0), grad_kl, loc[i], T(0), center[i], inverse[i], p.scale_floor).loc;
   }
   store_gradient<kDense>(row, quad, e.grad_loc, e.grad_loc_stride, kGradLoc, by_loc);
   if (!kDense) load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.rho, p.rho_stride, packed, rho);
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) {
-    by_scale[i] =
-        posterior_grad(T(0), by_scale[i], grad_kl, T(0), rho[i], T(0), inverse[i], p.scale_floor)
-            .rho;
+    by_scale[i] = posterior_grad(T(0), by_scale[i], grad_kl, T(0), rho[i], T(0), inverse[i], p.scale_floor).rho;
   }
   store_gradient<kDense>(row, quad, e.grad_rho, e.grad_rho_stride, kGradRho, by_scale);
   if (e.grad_prior_loc != nullptr || e.grad_prior_scale != nullptr) {
@@ -235,13 +222,11 @@ TableRow<PosteriorGradEntry<T>> prepare_backward(const PosteriorGradEntry<T>& en
   PosteriorGradEntry<T>& e = row.entry;
   PosteriorParams<T>& p = e.posterior;
   drop_unused(e);
-  const void* data[kGradTensors] = {e.grad_loc,         e.grad_rho,    e.grad_prior_loc,
-                                    e.grad_prior_scale, p.loc,         p.rho,
-                                    p.prior_loc,        p.prior_scale, e.grad_weight};
-  WeightStrides* stride[kGradTensors] = {
-      &e.grad_loc_stride,         &e.grad_rho_stride,    &e.grad_prior_loc_stride,
-      &e.grad_prior_scale_stride, &p.loc_stride,         &p.rho_stride,
-      &p.prior_loc_stride,        &p.prior_scale_stride, &e.grad_stride};
+  const void* data[kGradTensors] = {e.grad_loc, e.grad_rho,  e.grad_prior_loc, e.grad_prior_scale, p.loc,
+                                    p.rho,      p.prior_loc, p.prior_scale,    e.grad_weight};
+  WeightStrides* stride[kGradTensors] = {&e.grad_loc_stride,         &e.grad_rho_stride,    &e.grad_prior_loc_stride,
+                                         &e.grad_prior_scale_stride, &p.loc_stride,         &p.rho_stride,
+                                         &p.prior_loc_stride,        &p.prior_scale_stride, &e.grad_stride};
   WeightStrides* used[kGradTensors];
   int count = 0;
   for (int t = 0; t < kGradTensors; ++t)
@@ -251,10 +236,8 @@ TableRow<PosteriorGradEntry<T>> prepare_backward(const PosteriorGradEntry<T>& en
     const int64_t bytes = t == kByWeight ? size_of(e.grad_dtype) : static_cast<int64_t>(sizeof(T));
     bool packed = is_packed(data[t], *stride[t], p, row.map, bytes);
     if (t == kByWeight && packed) {
-      packed = (e.num_samples <= 1 || e.grad_sample_stride % 4 == 0) &&
-               (e.slabs <= 1 || e.grad_slab_stride % 4 == 0) &&
-               (e.grad_weight_eps == nullptr ||
-                is_packed(e.grad_weight_eps, *stride[t], p, row.map, bytes));
+      packed = (e.num_samples <= 1 || e.grad_sample_stride % 4 == 0) && (e.slabs <= 1 || e.grad_slab_stride % 4 == 0) &&
+               (e.grad_weight_eps == nullptr || is_packed(e.grad_weight_eps, *stride[t], p, row.map, bytes));
     }
     row.packed |= static_cast<uint32_t>(packed) << t;
   }
@@ -275,8 +258,8 @@ int launch_backward(const PosteriorGradEntry<T>* entries, int count, StreamHandl
   }
   if (chunks >= kNarrow) return 1;
   if (chunks == 0) return 0;
-  return gpu::launch(posterior_backward_kernel<T, kCapacity>, dim3(static_cast<unsigned>(chunks)),
-                     kEntryThreads, 0, stream, table);
+  return gpu::launch(posterior_backward_kernel<T, kCapacity>, dim3(static_cast<unsigned>(chunks)), kEntryThreads, 0,
+                     stream, table);
 }
 
 }  // namespace

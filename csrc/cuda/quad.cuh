@@ -26,9 +26,7 @@ struct ElementMap {
   bool taps_fastest;
 };
 
-FBC_INLINE int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
+FBC_INLINE int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 template <typename T>
 constexpr Dtype kDtypeOf = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
 // Four elements as one thread holds them. kDense in what follows: the row is one dimension, shift
@@ -72,15 +70,13 @@ FBC_DEVICE int64_t offset_of(const Digits& at, const WeightStrides& stride) {
 }
 // Where element 0 of a quad lies that does not cross a row; the others follow at stride.c.
 template <bool kDense>
-FBC_DEVICE int64_t offset_of_quad(const ElementMap& map, const Quad& quad,
-                                  const WeightStrides& stride) {
+FBC_DEVICE int64_t offset_of_quad(const ElementMap& map, const Quad& quad, const WeightStrides& stride) {
   return kDense || map.one_row ? quad.first * stride.c : offset_of(quad.at, stride);
 }
 
 // Where element i lies, whatever the quad.
 template <bool kDense>
-FBC_DEVICE int64_t offset_of_element(const ElementMap& map, const Quad& quad, int i,
-                                     const WeightStrides& stride) {
+FBC_DEVICE int64_t offset_of_element(const ElementMap& map, const Quad& quad, int i, const WeightStrides& stride) {
   if (kDense || map.whole) return offset_of_quad<kDense>(map, quad, stride) + i * stride.c;
   return offset_of(digits_of(map.radix, quad.first + i), stride);
 }

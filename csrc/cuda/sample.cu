@@ -58,19 +58,18 @@ FBC_DEVICE T warp_sum(T value) {
 
 // posterior.prior_scale_value holds its inverse: the host has divided.
 template <bool kDense, typename T>
-FBC_DEVICE T kl_of_quad(const TableRow<SampleEntry<T>>& row, const Quad& quad, const T (&loc)[4],
-                        const T (&scale)[4]) {
+FBC_DEVICE T kl_of_quad(const TableRow<SampleEntry<T>>& row, const Quad& quad, const T (&loc)[4], const T (&scale)[4]) {
   const PosteriorParams<T>& p = row.entry.posterior;
   T center[4], inverse[4], kl[4];
   FBC_UNROLL
   for (int i = 0; i < 4; ++i) center[i] = p.prior_loc_value, inverse[i] = p.prior_scale_value;
   if (p.prior_loc != nullptr) {
-    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_loc, p.prior_loc_stride,
-                      row.packed >> kPriorLoc & 1u, center);
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_loc, p.prior_loc_stride, row.packed >> kPriorLoc & 1u,
+                      center);
   }
   if (p.prior_scale != nullptr) {
-    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_scale, p.prior_scale_stride,
-                      row.packed >> kPriorScale & 1u, inverse);
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad, p.prior_scale, p.prior_scale_stride, row.packed >> kPriorScale & 1u,
+                      inverse);
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) inverse[i] = inverse_of_scale(inverse[i]);
   }
@@ -84,12 +83,11 @@ FBC_DEVICE T kl_of_quad(const TableRow<SampleEntry<T>>& row, const Quad& quad, c
 
 // All draws of kQuads quads.
 template <bool kDense, int kQuads, typename T>
-FBC_DEVICE void draw_quads(const TableRow<SampleEntry<T>>& row, const Quad (&quad)[kQuads],
-                           const T (&loc)[kQuads][4], const T (&scale)[kQuads][4]) {
+FBC_DEVICE void draw_quads(const TableRow<SampleEntry<T>>& row, const Quad (&quad)[kQuads], const T (&loc)[kQuads][4],
+                           const T (&scale)[kQuads][4]) {
   const SampleEntry<T>& e = row.entry;
   const bool packed = row.packed >> kSample & 1u;
-  NoiseKey noise = {static_cast<uint64_t>(e.seed[0]),
-                    static_cast<uint64_t>(e.seed[1]) + e.posterior.noise.offset};
+  NoiseKey noise = {static_cast<uint64_t>(e.seed[0]), static_cast<uint64_t>(e.seed[1]) + e.posterior.noise.offset};
   auto* to = static_cast<unsigned char*>(e.sample);
   for (int64_t s = 0; s < e.num_samples; ++s) {
     FBC_UNROLL
@@ -110,13 +108,11 @@ FBC_DEVICE void draw_quads(const TableRow<SampleEntry<T>>& row, const Quad (&qua
 
 // A point mass: every draw is loc.
 template <bool kDense, typename T>
-FBC_DEVICE void copy_quad(const TableRow<SampleEntry<T>>& row, const Quad& quad,
-                          const T (&loc)[4]) {
+FBC_DEVICE void copy_quad(const TableRow<SampleEntry<T>>& row, const Quad& quad, const T (&loc)[4]) {
   const SampleEntry<T>& e = row.entry;
   auto* to = static_cast<unsigned char*>(e.sample);
   for (int64_t s = 0; s < e.num_samples; ++s) {
-    store_quad<kDense>(e.sample_dtype, row.map, quad, to, e.sample_stride,
-                       row.packed >> kSample & 1u, loc);
+    store_quad<kDense>(e.sample_dtype, row.map, quad, to, e.sample_stride, row.packed >> kSample & 1u, loc);
     to += e.sample_sample_stride * size_of(e.sample_dtype);
   }
 }
@@ -130,8 +126,7 @@ FBC_DEVICE T sample_quads(const TableRow<SampleEntry<T>>& row, int64_t number) {
   FBC_UNROLL
   for (int j = 0; j < kQuads; ++j) {
     quad[j] = quad_of<kDense>(row.map, number + j * kEntryThreads);
-    load_quad<kDense>(kDtypeOf<T>, row.map, quad[j], p.loc, p.loc_stride, row.packed >> kLoc & 1u,
-                      loc[j]);
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad[j], p.loc, p.loc_stride, row.packed >> kLoc & 1u, loc[j]);
   }
   if (p.rho == nullptr) {
     FBC_UNROLL
@@ -142,8 +137,7 @@ FBC_DEVICE T sample_quads(const TableRow<SampleEntry<T>>& row, int64_t number) {
   }
   FBC_UNROLL
   for (int j = 0; j < kQuads; ++j) {
-    load_quad<kDense>(kDtypeOf<T>, row.map, quad[j], p.rho, p.rho_stride, row.packed >> kRho & 1u,
-                      scale[j]);
+    load_quad<kDense>(kDtypeOf<T>, row.map, quad[j], p.rho, p.rho_stride, row.packed >> kRho & 1u, scale[j]);
   }
   T kl = T(0);
   FBC_UNROLL
@@ -228,8 +222,7 @@ void sample_kernel(FBC_PARAM SampleTable<T, kCapacity> params) {
 }
 
 FBC_KERNEL(kEntryThreads, 4)
-void scale_kernel(FBC_PARAM TableRow<PosteriorParams<float>> row, FBC_PARAM WeightStrides stride,
-                  float* scale) {
+void scale_kernel(FBC_PARAM TableRow<PosteriorParams<float>> row, FBC_PARAM WeightStrides stride, float* scale) {
   const PosteriorParams<float>& p = row.entry;
   const int64_t number = static_cast<int64_t>(blockIdx.x) * kEntryThreads + threadIdx.x;
   if (number < row.map.quads) {
@@ -262,8 +255,8 @@ TableRow<SampleEntry<T>> prepare_sample(const SampleEntry<T>& entry) {
   if (!has_kl(e)) p.prior_loc = p.prior_scale = nullptr;
   p.prior_scale_value = inverse_of_scale(p.prior_scale_value);
   const void* data[5] = {p.loc, p.rho, p.prior_loc, p.prior_scale, e.sample};
-  WeightStrides* stride[5] = {&p.loc_stride, &p.rho_stride, &p.prior_loc_stride,
-                              &p.prior_scale_stride, &e.sample_stride};
+  WeightStrides* stride[5] = {&p.loc_stride, &p.rho_stride, &p.prior_loc_stride, &p.prior_scale_stride,
+                              &e.sample_stride};
   WeightStrides* used[5];
   int count = 0;
   for (int t = 0; t < 5; ++t)
@@ -303,13 +296,12 @@ int launch_sample(const SampleEntry<T>* entries, int count, void* workspace, Str
   }
   const size_t shared_bytes = 2 * kWarps * sizeof(T) + sizeof(uint32_t);
   int resident = 0;
-  if (const int status = gpu::resident_blocks(sample_kernel<T, kCapacity>, kEntryThreads,
-                                              shared_bytes, &resident)) {
+  if (const int status = gpu::resident_blocks(sample_kernel<T, kCapacity>, kEntryThreads, shared_bytes, &resident)) {
     return status;
   }
   const int64_t most = kWaves * resident, blocks = chunks < 1 ? 1 : chunks < most ? chunks : most;
-  return gpu::launch(sample_kernel<T, kCapacity>, dim3(static_cast<unsigned>(blocks)),
-                     kEntryThreads, shared_bytes, stream, params);
+  return gpu::launch(sample_kernel<T, kCapacity>, dim3(static_cast<unsigned>(blocks)), kEntryThreads, shared_bytes,
+                     stream, params);
 }
 
 }  // namespace
@@ -334,9 +326,8 @@ int sample(const SampleEntry<T>* entries, int count, void* workspace, StreamHand
   int status = 0;
   for (int first = 0; first < count && status == 0; first += kRows) {
     const int left = count - first, some = left < kRows ? left : kRows;
-    status = some <= kSmallTable
-                 ? launch_sample<T, kSmallTable>(entries + first, some, workspace, stream)
-                 : launch_sample<T, kRows>(entries + first, some, workspace, stream);
+    status = some <= kSmallTable ? launch_sample<T, kSmallTable>(entries + first, some, workspace, stream)
+                                 : launch_sample<T, kRows>(entries + first, some, workspace, stream);
   }
   return status;
 }
@@ -359,8 +350,7 @@ int scale_of(const PosteriorParams<float>& posterior, float* scale, StreamHandle
                static_cast<uint32_t>(is_packed(scale, stride, p, row.map, 4)) << 1;
   const int64_t blocks = (row.map.quads + kEntryThreads - 1) / kEntryThreads;
   if (blocks >= kNarrow) return 1;
-  return gpu::launch(scale_kernel, dim3(static_cast<unsigned>(blocks)), kEntryThreads, 0, stream,
-                     row, stride, scale);
+  return gpu::launch(scale_kernel, dim3(static_cast<unsigned>(blocks)), kEntryThreads, 0, stream, row, stride, scale);
 }
 
 }  // namespace fbc::cuda

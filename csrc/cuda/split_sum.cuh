@@ -48,8 +48,8 @@ inline int32_t split_count(int64_t tiles, int64_t steps) {
 // their tickets: enough for every kernel's tiles.
 inline int64_t split_slab_bytes(int32_t splits, int64_t images, int32_t pixels, int32_t channels) {
   if (splits == 1) return 0;
-  return splits * images * covers(pixels, kSplitPixels) * kSplitPixels *
-         covers(channels, kSplitChannels) * kSplitChannels * 4;
+  return splits * images * covers(pixels, kSplitPixels) * kSplitPixels * covers(channels, kSplitChannels) *
+         kSplitChannels * 4;
 }
 inline int64_t split_tickets(int32_t splits, int64_t images, int32_t pixels, int32_t channels) {
   return splits == 1 ? 0 : images * covers(pixels, 64) * covers(channels, 32);
@@ -58,8 +58,8 @@ inline int64_t split_tickets(int32_t splits, int64_t images, int32_t pixels, int
 // acc, of one split -> of the whole tile, in the block that returns true; the others are done.
 // `pixels`, `channels`: what is left from the tile's first on. Every warp has done with the stages.
 template <typename Tile>
-FBC_DEVICE bool add_splits(Accumulators<Tile>& acc, const SplitSum& sum, int32_t tile,
-                           int32_t split, int32_t pixels, int32_t channels, BlockScratch& scratch) {
+FBC_DEVICE bool add_splits(Accumulators<Tile>& acc, const SplitSum& sum, int32_t tile, int32_t split, int32_t pixels,
+                           int32_t channels, BlockScratch& scratch) {
   constexpr int kColumns = 2 * Tile::kN, kProduct = Tile::kThreads * 4;  // floats
   constexpr int kProducts = Tile::kM * kColumns;
   constexpr int kAtOnce = kProducts > 8 ? 1 : 2;  // slabs: 16 loads under way
@@ -75,15 +75,13 @@ FBC_DEVICE bool add_splits(Accumulators<Tile>& acc, const SplitSum& sum, int32_t
     for (int j = 0; j < kColumns; ++j) {
       const float (&v)[4] = acc.value[i][j];
       if (16 * i < left) {
-        *reinterpret_cast<float4*>(own + (i * kColumns + j) * kProduct) =
-            make_float4(v[0], v[1], v[2], v[3]);
+        *reinterpret_cast<float4*>(own + (i * kColumns + j) * kProduct) = make_float4(v[0], v[1], v[2], v[3]);
       }
     }
   }
   gpu::sync();
   if (thread == 0) {
-    scratch.last =
-        gpu::take_ticket(sum.tickets + tile) + 1 == static_cast<uint32_t>(sum.splits) ? 1u : 0u;
+    scratch.last = gpu::take_ticket(sum.tickets + tile) + 1 == static_cast<uint32_t>(sum.splits) ? 1u : 0u;
   }
   gpu::sync();
   if (scratch.last == 0) return false;
@@ -96,8 +94,7 @@ FBC_DEVICE bool add_splits(Accumulators<Tile>& acc, const SplitSum& sum, int32_t
       const int slab = i / kProducts, product = i % kProducts;
       v[slab][product] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (product / kColumns * 16 < left && s + slab < sum.splits) {
-        v[slab][product] =
-            *reinterpret_cast<const float4*>(first + slab * kSlab + product * kProduct);
+        v[slab][product] = *reinterpret_cast<const float4*>(first + slab * kSlab + product * kProduct);
       }
     }
     FBC_UNROLL

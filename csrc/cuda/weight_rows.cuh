@@ -15,8 +15,7 @@ struct StoredWeights {
 };
 
 // (num_samples, filters, columns) contiguous.
-inline StoredWeights given_weights(const void* data, int64_t filters, int32_t columns,
-                                   int32_t element_bytes) {
+inline StoredWeights given_weights(const void* data, int64_t filters, int32_t columns, int32_t element_bytes) {
   const int32_t bytes = columns * element_bytes;
   int32_t unit = 16;
   while (unit > element_bytes &&
@@ -35,16 +34,15 @@ inline StoredWeights slab_weights(const unsigned char* slabs, int64_t filters, i
 template <typename Tile>
 class StoredRows {
  public:
-  FBC_DEVICE StoredRows(const StoredWeights& from, const TilePosition& at, int32_t first_step,
-                        const ConvGeometry& g, int thread) {
+  FBC_DEVICE StoredRows(const StoredWeights& from, const TilePosition& at, int32_t first_step, const ConvGeometry& g,
+                        int thread) {
     const int row = thread / kRowChunks, chunk = thread % kRowChunks;
     const int32_t first = at.channel_tile * Tile::kChannels;
     const int64_t k = int64_t{at.group} * g.K + first + row;
     target_ = Tile::kWeights + chunk_offset<kRowChunks>(row, chunk);
     rows_ = g.K - first - row;
     left_ = from.bytes - chunk * 16 - first_step * kRowBytes;
-    from_ = from.data + at.draw * from.draw_stride + first_step * from.step_stride +
-            k * from.row_stride + chunk * 16;
+    from_ = from.data + at.draw * from.draw_stride + first_step * from.step_stride + k * from.row_stride + chunk * 16;
   }
   FBC_DEVICE void advance(const StoredWeights& from) {
     from_ += from.step_stride;
@@ -55,14 +53,12 @@ class StoredRows {
       FBC_UNROLL
       for (int i = 0; i < kCopies; ++i) {
         const bool valid = (i * kRowStep < rows_) & (left_ > 0);
-        gpu::copy_async<16>(stage + target_ + i * kRowStep * kRowBytes,
-                            from_ + i * kRowStep * from.row_stride, valid);
+        gpu::copy_async<16>(stage + target_ + i * kRowStep * kRowBytes, from_ + i * kRowStep * from.row_stride, valid);
       }
     } else {
       FBC_ROLLED
       for (int i = 0; i < kCopies; ++i) {
-        copy_units(stage + target_ + i * kRowStep * kRowBytes,
-                   from_ + i * kRowStep * from.row_stride, from.unit,
+        copy_units(stage + target_ + i * kRowStep * kRowBytes, from_ + i * kRowStep * from.row_stride, from.unit,
                    i * kRowStep < rows_ ? left_ : 0);
       }
     }
@@ -75,8 +71,7 @@ class StoredRows {
                 "threads share the tile evenly, all rows of one are swizzled alike");
 
   // Filters that begin anywhere: the weights of a first layer, mostly.
-  FBC_DEVICE static void copy_units(unsigned char* to, const unsigned char* from, int32_t unit,
-                                    int32_t left) {
+  FBC_DEVICE static void copy_units(unsigned char* to, const unsigned char* from, int32_t unit, int32_t left) {
     FBC_ROLLED
     for (int32_t b = 0; b < 16; b += unit) {
       const bool valid = b < left;

@@ -92,9 +92,8 @@ FBC_INLINE KeptWeight<T> kept_weight(void* data, const WeightSampler& w) {
 
 // One 16-byte chunk of a slab row, for draws [first, end). Returns its KL where wanted.
 template <typename T>
-FBC_DEVICE float sample_chunk(const WeightSampler& w, const KeptWeight<T>& kept, unsigned char* row,
-                              int64_t draw_bytes, int32_t k, int32_t column, int32_t first,
-                              int32_t end, bool with_kl) {
+FBC_DEVICE float sample_chunk(const WeightSampler& w, const KeptWeight<T>& kept, unsigned char* row, int64_t draw_bytes,
+                              int32_t k, int32_t column, int32_t first, int32_t end, bool with_kl) {
   constexpr int kQuads = kChunkElements<T> / 4;
   WeightQuad quad[kQuads];
   float kl = 0.0f;
@@ -135,8 +134,8 @@ FBC_DEVICE void sample_slabs(const SlabPlan& plan, const WeightSampler& w, int32
     double sum = 0.0;
     if (k < w.filters) {
       unsigned char* row = plan.slabs + step * slab_bytes + int64_t{k} * kRowBytes + chunk * 16;
-      sum = sample_chunk<T>(w, kept, row, plan.steps * slab_bytes, k,
-                            step * kDepth<T> + chunk * kChunkElements<T>, first, end, with_kl);
+      sum = sample_chunk<T>(w, kept, row, plan.steps * slab_bytes, k, step * kDepth<T> + chunk * kChunkElements<T>,
+                            first, end, with_kl);
     }
     sum = block_sum<kThreads>(sum, scratch, turn);  // synchronises: the whole strip is written
     if (thread == 0) {

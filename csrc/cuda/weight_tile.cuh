@@ -53,17 +53,13 @@ struct WeightSampler {
 };
 
 // NaN where a prior's scale is not positive, which no divergence has: it must show.
-FBC_INLINE float inverse_of_prior_scale(float scale) {
-  return scale > 0.0f ? 1.0f / scale : __builtin_nanf("");
-}
+FBC_INLINE float inverse_of_prior_scale(float scale) { return scale > 0.0f ? 1.0f / scale : __builtin_nanf(""); }
 
-inline ParameterView parameter_view(const float* data, const WeightStrides& stride, int64_t K,
-                                    int64_t R, int64_t S, int64_t C) {
-  const auto steps = [](int64_t extent, int64_t stride_of, int64_t dense) {
-    return extent == 1 || stride_of == dense;
-  };
-  const bool dense = steps(C, stride.c, 1) && steps(S, stride.s, C) && steps(R, stride.r, S * C) &&
-                     steps(K, stride.k, R * S * C);
+inline ParameterView parameter_view(const float* data, const WeightStrides& stride, int64_t K, int64_t R, int64_t S,
+                                    int64_t C) {
+  const auto steps = [](int64_t extent, int64_t stride_of, int64_t dense) { return extent == 1 || stride_of == dense; };
+  const bool dense =
+      steps(C, stride.c, 1) && steps(S, stride.s, C) && steps(R, stride.r, S * C) && steps(K, stride.k, R * S * C);
   const bool packed = dense && R * S * C % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   return {data, stride, stride.s - C * stride.c, stride.r - S * stride.s,
           packed  ? Access::kPacked
@@ -80,8 +76,7 @@ inline WeightSampler weight_sampler(const ConvWeight& weight, const ConvShape& s
   WeightSampler w = {};
   w.loc = view(p.loc, p.loc_stride);
   w.spread_is_scale = weight.scale != nullptr && p.rho != nullptr;
-  w.spread =
-      w.spread_is_scale ? view(weight.scale, {R * S * C, S * C, C, 1}) : view(p.rho, p.rho_stride);
+  w.spread = w.spread_is_scale ? view(weight.scale, {R * S * C, S * C, C, 1}) : view(p.rho, p.rho_stride);
   w.prior_loc = view(p.prior_loc, p.prior_loc_stride);
   w.prior_scale = view(p.prior_scale, p.prior_scale_stride);
   w.seed = weight.seed;
@@ -101,13 +96,12 @@ inline WeightSampler weight_sampler(const ConvWeight& weight, const ConvShape& s
 // ---- device -------------------------------------------------------------------------------------
 FBC_DEVICE NoiseKey draw_key(const WeightSampler& w, int32_t draw) {
   if (w.is_point()) return {0, 0};
-  return {static_cast<uint64_t>(w.seed[0]),
-          static_cast<uint64_t>(w.seed[1]) + w.offset + static_cast<uint64_t>(draw)};
+  return {static_cast<uint64_t>(w.seed[0]), static_cast<uint64_t>(w.seed[1]) + w.offset + static_cast<uint64_t>(draw)};
 }
 
 // Elements [column, column + count) of filter k, count <= 4.
-FBC_DEVICE void load_parameters(const ParameterView& view, const WeightSampler& w, int32_t k,
-                                int32_t column, int32_t count, float (&value)[4]) {
+FBC_DEVICE void load_parameters(const ParameterView& view, const WeightSampler& w, int32_t k, int32_t column,
+                                int32_t count, float (&value)[4]) {
   const float* dense = view.data + static_cast<int64_t>(k) * w.columns + column;
   if (view.access == Access::kPacked && count == 4 && (column & 3) == 0) {
     load_pack(dense, value);
@@ -117,8 +111,7 @@ FBC_DEVICE void load_parameters(const ParameterView& view, const WeightSampler& 
   } else {
     const int32_t filter = w.channels.divide(column), r = w.filter_width.divide(filter);
     int32_t c = column - filter * w.channels.value, s = filter - r * w.filter_width.value;
-    const float* at =
-        view.data + k * view.stride.k + r * view.stride.r + s * view.stride.s + c * view.stride.c;
+    const float* at = view.data + k * view.stride.k + r * view.stride.r + s * view.stride.s + c * view.stride.c;
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) {
       value[i] = i < count ? *at : 0.0f;
@@ -137,15 +130,13 @@ struct WeightQuad {
   int32_t count;  // elements before `end`: the others are 0
 };
 
-FBC_DEVICE WeightQuad load_weight_quad(const WeightSampler& w, int32_t k, int32_t column,
-                                       int32_t end) {
+FBC_DEVICE WeightQuad load_weight_quad(const WeightSampler& w, int32_t k, int32_t column, int32_t end) {
   WeightQuad quad;
   quad.count = end - column < 4 ? end - column : 4;
   load_parameters(w.loc, w, k, column, quad.count, quad.loc);
   if (w.is_point()) {
     FBC_UNROLL
-    for (int i = 0; i < 4; ++i)
-      quad.scale[i] = -0.0f;  // -0 * 0 + loc is loc, also where that is -0
+    for (int i = 0; i < 4; ++i) quad.scale[i] = -0.0f;  // -0 * 0 + loc is loc, also where that is -0
     return quad;
   }
   load_parameters(w.spread, w, k, column, quad.count, quad.scale);
@@ -160,8 +151,7 @@ FBC_DEVICE WeightQuad load_weight_quad(const WeightSampler& w, int32_t k, int32_
 }
 
 // eps of four elements; zeros for a point mass.
-FBC_DEVICE void draw_eps_quad(const WeightSampler& w, NoiseKey key, int32_t k, int32_t column,
-                              float (&eps)[4]) {
+FBC_DEVICE void draw_eps_quad(const WeightSampler& w, NoiseKey key, int32_t k, int32_t column, float (&eps)[4]) {
   if (w.is_point()) {
     FBC_UNROLL
     for (int i = 0; i < 4; ++i) eps[i] = 0.0f;
@@ -177,8 +167,8 @@ FBC_DEVICE void combine_quad(const WeightQuad& quad, const float (&eps)[4], floa
     value[i] = i < quad.count ? drawn : 0.0f;
   }
 }
-FBC_DEVICE void draw_weight_quad(const WeightSampler& w, const WeightQuad& quad, NoiseKey key,
-                                 int32_t k, int32_t column, float (&value)[4]) {
+FBC_DEVICE void draw_weight_quad(const WeightSampler& w, const WeightQuad& quad, NoiseKey key, int32_t k,
+                                 int32_t column, float (&value)[4]) {
   float eps[4];
   draw_eps_quad(w, key, k, column, eps);
   combine_quad(quad, eps, value);
@@ -191,8 +181,7 @@ FBC_DEVICE void store_weight_quad(T* to, const float (&value)[4]) {
 }
 
 // The divergence of the quad's elements, in order; 0 for a point mass.
-FBC_DEVICE float kl_of_quad(const WeightSampler& w, const WeightQuad& quad, int32_t k,
-                            int32_t column) {
+FBC_DEVICE float kl_of_quad(const WeightSampler& w, const WeightQuad& quad, int32_t k, int32_t column) {
   if (w.is_point()) return 0.0f;
   float prior_loc[4], inverse[4], sum = 0.0f;
   FBC_UNROLL

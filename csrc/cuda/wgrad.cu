@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kMaxSlabs = 64;
 constexpr int64_t kBlocksWanted = 264;
 constexpr int64_t kMaxSlabBytes = int64_t{64} << 20;  // of all slabs together; one is always taken
-constexpr int64_t kPixelsPerSlab = 256;  // at least: below, writing costs more than it gains
+constexpr int64_t kPixelsPerSlab = 256;               // at least: below, writing costs more than it gains
 constexpr int64_t kExtentLimit = int64_t{1} << 30;
 constexpr int kInvalid = 1;  // cudaErrorInvalidValue
 
@@ -26,16 +26,14 @@ int launch_tiles(WgradArgs a, StreamHandle stream) {
   using Tile = WgradTile<T, kDraws, kAligned>;
   a.filter_tiles = static_cast<int32_t>(ceil_divide(a.shape.K, Tile::kFilters));
   a.column_tiles = static_cast<int32_t>(ceil_divide(a.shape.columns, Tile::kColumns));
-  const int64_t steps_per_draw =
-      ceil_divide(int64_t{a.shape.rows} * a.by_pixels.value, Tile::kDepth);
-  const int64_t blocks =
-      int64_t{a.slab_count} * a.shape.groups * a.filter_tiles * int64_t{a.column_tiles};
+  const int64_t steps_per_draw = ceil_divide(int64_t{a.shape.rows} * a.by_pixels.value, Tile::kDepth);
+  const int64_t blocks = int64_t{a.slab_count} * a.shape.groups * a.filter_tiles * int64_t{a.column_tiles};
   if (blocks == 0) return 0;
   if (blocks > INT32_MAX || a.steps * steps_per_draw / a.slab_count > kExtentLimit) return kInvalid;
   a.steps *= steps_per_draw;
   a.steps_per_draw = static_cast<int32_t>(std::max<int64_t>(steps_per_draw, 1));
-  return gpu::launch(wgrad_kernel<T, kDraws, kAligned>, dim3(static_cast<unsigned>(blocks)),
-                     Tile::kThreads, sizeof(WgradShared<Tile>), stream, a);
+  return gpu::launch(wgrad_kernel<T, kDraws, kAligned>, dim3(static_cast<unsigned>(blocks)), Tile::kThreads,
+                     sizeof(WgradShared<Tile>), stream, a);
 }
 
 template <typename T>
@@ -46,11 +44,9 @@ int launch_type(const WgradParams& p, WgradArgs& a, StreamHandle stream) {
   a.grad_aligned = chunks_aligned<T>(p.grad, g.n, g.h, g.w, a.shape.K);
   const bool aligned = a.input_aligned && a.grad_aligned;
   if (has_draws(p)) {
-    return aligned ? launch_tiles<T, true, true>(a, stream)
-                   : launch_tiles<T, true, false>(a, stream);
+    return aligned ? launch_tiles<T, true, true>(a, stream) : launch_tiles<T, true, false>(a, stream);
   }
-  return aligned ? launch_tiles<T, false, true>(a, stream)
-                 : launch_tiles<T, false, false>(a, stream);
+  return aligned ? launch_tiles<T, false, true>(a, stream) : launch_tiles<T, false, false>(a, stream);
 }
 
 WgradArgs arguments(const WgradParams& p, int64_t slabs) {
@@ -104,18 +100,14 @@ int launch_slabs(const WgradParams& p, int64_t slabs, StreamHandle stream) {
 int64_t wgrad_slabs(const WgradParams& params) {
   const ConvShape& s = params.shape;
   const int64_t columns = s.R * s.S * s.channels_per_group();
-  const int64_t tiles =
-      s.groups * ceil_divide(s.filters_per_group(), 64) * ceil_divide(columns, 64);
+  const int64_t tiles = s.groups * ceil_divide(s.filters_per_group(), 64) * ceil_divide(columns, 64);
   const int64_t pixels = s.output_rows() * s.P * s.Q;
   int64_t slabs = std::min(kMaxSlabs, ceil_divide(kBlocksWanted, std::max<int64_t>(tiles, 1)));
   slabs = std::min(slabs, pixels / kPixelsPerSlab);
-  const int64_t slab_bytes =
-      std::max<int64_t>(s.K * columns, 1) * static_cast<int64_t>(sizeof(float));
+  const int64_t slab_bytes = std::max<int64_t>(s.K * columns, 1) * static_cast<int64_t>(sizeof(float));
   return std::max<int64_t>(std::min(slabs, kMaxSlabBytes / slab_bytes), 1);
 }
 
-int wgrad(const WgradParams& params, StreamHandle stream) {
-  return launch_slabs(params, wgrad_slabs(params), stream);
-}
+int wgrad(const WgradParams& params, StreamHandle stream) { return launch_slabs(params, wgrad_slabs(params), stream); }
 
 }  // namespace fbc::cuda

@@ -61,20 +61,18 @@ FBC_DEVICE void clear(float (&x)[kM][kN][4]) {
 }
 
 template <typename T, typename Tile, bool kDraws>
-FBC_DEVICE void wgrad_multiply(WgradSums<Tile, kDraws>& sums, const unsigned char* stage,
-                               const WgradPlace& place) {
+FBC_DEVICE void wgrad_multiply(WgradSums<Tile, kDraws>& sums, const unsigned char* stage, const WgradPlace& place) {
   FBC_UNROLL
   for (int row = 0; row < Tile::kDepth; row += kMmaDepth<T>) {
     uint32_t a[Tile::kTall][4], b[Tile::kPairs][4];
     FBC_UNROLL
     for (int i = 0; i < Tile::kTall; ++i) {
-      load_a_transposed<T, Tile::kGradChunks>(a[i], stage, row, place.warp_row + 16 * i,
-                                              place.lane);
+      load_a_transposed<T, Tile::kGradChunks>(a[i], stage, row, place.warp_row + 16 * i, place.lane);
     }
     FBC_UNROLL
     for (int j = 0; j < Tile::kPairs; ++j) {
-      load_b_transposed<T, Tile::kInputChunks>(b[j], stage + Tile::kGradBytes, row,
-                                               place.warp_column + 16 * j, place.lane);
+      load_b_transposed<T, Tile::kInputChunks>(b[j], stage + Tile::kGradBytes, row, place.warp_column + 16 * j,
+                                               place.lane);
     }
     multiply<T>(sums.product, a, b);
   }
@@ -83,26 +81,22 @@ FBC_DEVICE void wgrad_multiply(WgradSums<Tile, kDraws>& sums, const unsigned cha
 // sum += product, sum_eps += product * eps, product = 0. Four lanes hold eight columns of rows g
 // and g + 8; a pair of lanes draws four neighbours of either row and swaps halves.
 template <typename Tile>
-FBC_DEVICE void wgrad_finish_draw(const WgradArgs& a, WgradSums<Tile, true>& sums,
-                                  const WgradPlace& place, int32_t draw) {
-  const NoiseKey noise = {
-      static_cast<uint64_t>(a.seed[0]),
-      static_cast<uint64_t>(a.seed[1]) + a.noise.offset + static_cast<uint64_t>(draw)};
+FBC_DEVICE void wgrad_finish_draw(const WgradArgs& a, WgradSums<Tile, true>& sums, const WgradPlace& place,
+                                  int32_t draw) {
+  const NoiseKey noise = {static_cast<uint64_t>(a.seed[0]),
+                          static_cast<uint64_t>(a.seed[1]) + a.noise.offset + static_cast<uint64_t>(draw)};
   const bool odd = (place.lane & 1) != 0;
   FBC_UNROLL
   for (int i = 0; i < Tile::kTall; ++i) {
-    const int64_t k =
-        static_cast<int64_t>(place.group) * a.shape.K + place.filter_of(i, odd ? 1 : 0);
+    const int64_t k = static_cast<int64_t>(place.group) * a.shape.K + place.filter_of(i, odd ? 1 : 0);
     FBC_UNROLL
     for (int j = 0; j < 2 * Tile::kPairs; ++j) {
       const int64_t column = place.column_of(j) + (place.lane & 2) * 2;
       float z[4];
-      normal_quad(noise, a.stream,
-                  a.element_offset + static_cast<uint64_t>(k * a.shape.columns + column), z);
+      normal_quad(noise, a.stream, a.element_offset + static_cast<uint64_t>(k * a.shape.columns + column), z);
       const float other0 = gpu::shuffle_xor(odd ? z[0] : z[2], 1);
       const float other1 = gpu::shuffle_xor(odd ? z[1] : z[3], 1);
-      const float eps[4] = {odd ? other0 : z[0], odd ? other1 : z[1], odd ? z[2] : other0,
-                            odd ? z[3] : other1};
+      const float eps[4] = {odd ? other0 : z[0], odd ? other1 : z[1], odd ? z[2] : other0, odd ? z[3] : other1};
       FBC_UNROLL
       for (int e = 0; e < 4; ++e) {
         const float product = sums.product[i][j][e];
@@ -125,15 +119,13 @@ FBC_DEVICE void wgrad_store(const WgradArgs& a, const float (&sums)[kTall][kWide
     for (int half = 0; half < 2; ++half) {
       const int32_t filter = place.filter_of(i, half);
       if (filter >= a.shape.K) continue;
-      float* row =
-          slab + (static_cast<int64_t>(place.group) * a.shape.K + filter) * a.shape.columns;
+      float* row = slab + (static_cast<int64_t>(place.group) * a.shape.K + filter) * a.shape.columns;
       FBC_UNROLL
       for (int j = 0; j < kWide; ++j) {
         const int32_t column = place.column_of(j) + (place.lane & 3) * 2;
         const float x = sums[i][j][2 * half], y = sums[i][j][2 * half + 1];
         if (paired) {
-          if (column < a.shape.columns)
-            *reinterpret_cast<float2*>(row + column) = make_float2(x, y);
+          if (column < a.shape.columns) *reinterpret_cast<float2*>(row + column) = make_float2(x, y);
         } else {
           if (column < a.shape.columns) row[column] = x;
           if (column + 1 < a.shape.columns) row[column + 1] = y;
@@ -188,8 +180,7 @@ void wgrad_kernel(FBC_PARAM WgradArgs a) {
     stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
     gpu::copy_wait<Tile::kStages - 2>();
     gpu::sync();  // this stage has arrived, and nobody reads the one before it any more
-    if (left >= Tile::kStages)
-      loader.load(shared, buffer, stage == 0 ? Tile::kStages - 1 : stage - 1);
+    if (left >= Tile::kStages) loader.load(shared, buffer, stage == 0 ? Tile::kStages - 1 : stage - 1);
     gpu::copy_commit();
     buffer ^= 1;
     if (left > Tile::kStages) {

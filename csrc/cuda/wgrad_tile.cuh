@@ -58,9 +58,7 @@ struct WgradPlace {
   int32_t filter, column;  // first of the tile, in the group
   int32_t group, slab;
 
-  FBC_DEVICE int32_t filter_of(int i, int half) const {
-    return filter + warp_row + 16 * i + 8 * half + (lane >> 2);
-  }
+  FBC_DEVICE int32_t filter_of(int i, int half) const { return filter + warp_row + 16 * i + 8 * half + (lane >> 2); }
   FBC_DEVICE int32_t column_of(int j) const { return column + warp_column + 8 * j; }
 };
 
@@ -102,8 +100,7 @@ struct PixelWalk {
 
 // Pixel `row` of the step at `at`, located by one lane for the whole block.
 template <typename Tile>
-FBC_DEVICE void wgrad_locate(const WgradArgs& a, const PixelWalk& at, int row, int buffer,
-                             WgradShared<Tile>& shared) {
+FBC_DEVICE void wgrad_locate(const WgradArgs& a, const PixelWalk& at, int row, int buffer, WgradShared<Tile>& shared) {
   if (row >= Tile::kDepth) return;
   const int32_t y = at.rest + row;
   const int32_t images = a.by_pixels.divide(y);
@@ -113,12 +110,11 @@ FBC_DEVICE void wgrad_locate(const WgradArgs& a, const PixelWalk& at, int row, i
   const int64_t grad_row = int64_t{at.draw} * a.shape.rows + n;
   const int32_t h = p * a.shape.stride_h - a.shape.pad_top;
   const int32_t w = q * a.shape.stride_w - a.shape.pad_left;
-  shared.rows[buffer][row] = {(a.shape.share_input ? n : grad_row) * a.input_stride.n +
-                                  h * a.input_stride.h + w * a.input_stride.w,
-                              n < a.shape.rows ? h : kNoPixel, w};
+  shared.rows[buffer][row] = {
+      (a.shape.share_input ? n : grad_row) * a.input_stride.n + h * a.input_stride.h + w * a.input_stride.w,
+      n < a.shape.rows ? h : kNoPixel, w};
   shared.grad[buffer][row] =
-      n < a.shape.rows ? grad_row * a.grad_stride.n + p * a.grad_stride.h + q * a.grad_stride.w
-                       : kNoOutput;
+      n < a.shape.rows ? grad_row * a.grad_stride.n + p * a.grad_stride.h + q * a.grad_stride.w : kNoOutput;
 }
 
 // Which columns and filters a thread copies, the same in every step.
@@ -143,8 +139,7 @@ struct WgradLoader {
     if (kAligned || a.input_aligned) input += offset_of(tap);
   }
   FBC_DEVICE int64_t offset_of(const Tap& at) const {
-    return at.r * a.shape.dilation_h * a.input_stride.h +
-           at.s * a.shape.dilation_w * a.input_stride.w + at.c;
+    return at.r * a.shape.dilation_h * a.input_stride.h + at.s * a.shape.dilation_w * a.input_stride.w + at.c;
   }
   FBC_DEVICE bool inside(const PixelRow& pixel, int32_t h, int32_t w) const {
     return static_cast<uint32_t>(pixel.h + h) < static_cast<uint32_t>(a.shape.H) &&
@@ -158,8 +153,7 @@ struct WgradLoader {
     }
     Tap next = tap;
     gather_chunk(to, static_cast<const T*>(a.input), [&]() -> const T* {
-      const bool valid = next.r < a.shape.R &&
-                         inside(pixel, next.r * a.shape.dilation_h, next.s * a.shape.dilation_w);
+      const bool valid = next.r < a.shape.R && inside(pixel, next.r * a.shape.dilation_h, next.s * a.shape.dilation_w);
       const T* from = valid ? input + pixel.offset + offset_of(next) : nullptr;
       next_column(next, a.shape);
       return from;
@@ -184,9 +178,8 @@ struct WgradLoader {
     const int grad_row = thread / Tile::kGradChunks, input_row = thread / Tile::kInputChunks;
     unsigned char* to_grad =
         shared.stage[stage] + chunk_offset<Tile::kGradChunks>(grad_row, thread % Tile::kGradChunks);
-    unsigned char* to_input =
-        shared.stage[stage] + Tile::kGradBytes +
-        chunk_offset<Tile::kInputChunks>(input_row, thread % Tile::kInputChunks);
+    unsigned char* to_input = shared.stage[stage] + Tile::kGradBytes +
+                              chunk_offset<Tile::kInputChunks>(input_row, thread % Tile::kInputChunks);
     FBC_UNROLL
     for (int i = 0; i < Tile::kDepth; i += Tile::kInputRows) {
       load_input(shared.rows[buffer][input_row + i], to_input + i * Tile::kInputChunks * 16);

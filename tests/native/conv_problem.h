@@ -124,8 +124,7 @@ void for_each_product(const ConvShape& s, F&& f) {
             if (w < 0 || w >= s.W) continue;
             for (int64_t k = 0; k < s.K; ++k)
               for (int64_t c = 0; c < c_group; ++c) {
-                f(n, p, q, k, source, h, w, k / k_group * c_group + c,
-                  ((k * s.R + r) * s.S + t) * c_group + c);
+                f(n, p, q, k, source, h, w, k / k_group * c_group + c, ((k * s.R + r) * s.S + t) * c_group + c);
               }
           }
         }

@@ -13,8 +13,8 @@
 int main() {
   char kind[16];
   uint64_t key, offset, stream, first, count;
-  while (std::scanf("%15s %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64, kind, &key,
-                    &offset, &stream, &first, &count) == 6) {
+  while (std::scanf("%15s %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64, kind, &key, &offset, &stream,
+                    &first, &count) == 6) {
     const fbc::NoiseKey noise = {key, offset};
     const fbc::Stream which = static_cast<fbc::Stream>(stream);
     for (uint64_t i = 0; i < count; ++i) {

@@ -75,15 +75,14 @@ bool near(const Values& got, const Values& want, double tolerance = 1e-12) {
 void check_convolution(Random& random, const Data& d, Algorithm method, bool with_signs) {
   const ConvShape& s = d.problem.s;
   const ConvKernels<double>& table = conv_kernels<double>(method);
-  const FlipSigns signs = {with_signs ? d.sign_input.data() : nullptr,
-                           with_signs ? d.sign_output.data() : nullptr};
+  const FlipSigns signs = {with_signs ? d.sign_input.data() : nullptr, with_signs ? d.sign_output.data() : nullptr};
   Image<double> want(random, s.output_rows(), s.P, s.Q, s.K, 0), want_dx(random, s.N, s.H, s.W, s.C, 0);
   Image<double> got(random, s.output_rows(), s.P, s.Q, s.K, static_cast<int>(random.below(3)));
   Image<double> got_dx(random, s.N, s.H, s.W, s.C, static_cast<int>(random.below(3)));
   Values by_loc(d.loc.size(), 0.0), by_rho(d.loc.size(), 0.0);
   Image<double>& x = const_cast<Image<double>&>(d.input);
-  for_each_product(s, [&](int64_t n, int64_t p, int64_t q, int64_t k, int64_t source, int64_t h, int64_t w,
-                          int64_t c, int64_t element) {
+  for_each_product(s, [&](int64_t n, int64_t p, int64_t q, int64_t k, int64_t source, int64_t h, int64_t w, int64_t c,
+                          int64_t element) {
     const size_t e = static_cast<size_t>(element);
     const double scale = d.rho[e], value = x.at(source, h, w, c), g = d.grad_at(n, p, q, k);
     const double eps = with_signs ? d.flip(n, k, c) * d.eps(n / s.rows_per_sample(), element) : 2.0 * scale;
@@ -95,8 +94,7 @@ void check_convolution(Random& random, const Data& d, Algorithm method, bool wit
     by_rho[e] += g * operand * eps;
   });
   const Parallel parallel = parallel_in(static_cast<int32_t>(random.between(1, 3)));
-  const PosteriorParams<double> posterior =
-      d.posterior(with_signs ? WeightTerm::kSample : WeightTerm::kVariance);
+  const PosteriorParams<double> posterior = d.posterior(with_signs ? WeightTerm::kSample : WeightTerm::kVariance);
   const double rounding = method == Algorithm::kWinograd4 ? 1e-12 : 0.0;  // of integers
   const double tolerance = with_signs ? 1e-12 : rounding;
   FpropParams f = {};
@@ -111,11 +109,11 @@ void check_convolution(Random& random, const Data& d, Algorithm method, bool wit
       for (int64_t q = 0; q < s.Q; ++q)
         for (int64_t k = 0; k < s.K; ++k) {
           all.push_back(got.at(n, p, q, k));
-          expected.push_back(want.at(n, p, q, k) +
-                             d.bias[static_cast<size_t>(n / s.rows_per_sample() * s.K + k)]);
+          expected.push_back(want.at(n, p, q, k) + d.bias[static_cast<size_t>(n / s.rows_per_sample() * s.K + k)]);
         }
   CHECK(near(all, expected, tolerance) && "fprop");
-  const DgradParams g = {s, Dtype::kFloat64, Dtype::kFloat64, signs, Dtype::kFloat64, d.grad.data(), got_dx.base, got_dx.stride};
+  const DgradParams g = {s,           Dtype::kFloat64, Dtype::kFloat64, signs, Dtype::kFloat64, d.grad.data(),
+                         got_dx.base, got_dx.stride};
   Workspace backward(table.dgrad_workspace(g, parallel.threads));
   table.dgrad(g, posterior, parallel, backward.data());
   all.clear(), expected.clear();
@@ -162,8 +160,8 @@ struct Passes {
   double eps(int64_t row, int64_t i, uint64_t row_offset, NoiseKey noise) const {
     const uint64_t n = static_cast<uint64_t>(row % shape.rows_per_sample) + row_offset;
     noise.offset += static_cast<uint64_t>(row / shape.rows_per_sample);
-    return static_cast<double>(standard_normal(
-        noise, Stream::kLocal, n * static_cast<uint64_t>(pixels()) + static_cast<uint64_t>(i)));
+    return static_cast<double>(
+        standard_normal(noise, Stream::kLocal, n * static_cast<uint64_t>(pixels()) + static_cast<uint64_t>(i)));
   }
 };
 
@@ -194,8 +192,7 @@ void check_passes(Random& random) {
     for (int64_t row = 0; row < s.rows; ++row)
       for (int64_t i = 0; i < pixels; ++i) {
         const double own = t.second[static_cast<size_t>(row * pixels + i)], v = t.second[at(row, i)];
-        const double noisy = flipout ? sign(row, i) * own
-                                     : std::sqrt(v > 0 ? v : 0.0) * t.eps(row, i, first, noise);
+        const double noisy = flipout ? sign(row, i) * own : std::sqrt(v > 0 ? v : 0.0) * t.eps(row, i, first, noise);
         want[static_cast<size_t>(row * pixels + i)] = t.mean[at(row, i)] + noisy;
       }
     CHECK(near(got, want) && "forward");
@@ -209,14 +206,14 @@ void check_passes(Random& random) {
       by_mean[at(row, i)] += g;
       by_variance[at(row, i)] += d > 0 ? g * t.eps(row, i, first, noise) / (2 * d) : 0.0;
     }
-  const LocalBackwardParams b = {s,     got.data(), deviation.data(), noise,
-                                 first, got_mean.data(), got_variance.data()};
+  const LocalBackwardParams b = {s, got.data(), deviation.data(), noise, first, got_mean.data(), got_variance.data()};
   run.local_backward(b, 0, t.images * s.P);
   CHECK(near(got_mean, by_mean) && near(got_variance, by_variance) && "local backward");
   for (const bool flipout : {true, false}) {
     Values dx(t.mean.size(), 7.0), want_dx = t.mean;
-    AffineInputGradParams p = {s, t.mean.data(), t.second.data(), flipout ? t.sign.data() : nullptr,
-                               Dtype::kFloat64, t.image.data(), t.nhwc(), dx.data(), t.nhwc()};
+    AffineInputGradParams p = {
+        s,        t.mean.data(), t.second.data(), flipout ? t.sign.data() : nullptr, Dtype::kFloat64, t.image.data(),
+        t.nhwc(), dx.data(),     t.nhwc()};
     run.input_grad(p, 0, t.images * s.P);
     for (int64_t row = 0; row < (flipout ? s.rows : t.images); ++row)
       for (int64_t i = 0; i < pixels; ++i) {

@@ -73,8 +73,8 @@ void check_problem(Random& random, const Problem& problem, const ConvKernels<T>&
   Image<scalar_t> got(random, s.output_rows(), s.P, s.Q, s.K, static_cast<int>(random.below(3)));
   Image<scalar_t> got_dx(random, s.N, s.H, s.W, s.C, static_cast<int>(random.below(3)));
   std::vector<T> want_dw(weight.size(), T(0)), got_dw(weight.size(), T(7));
-  for_each_product(s, [&](int64_t n, int64_t p, int64_t q, int64_t k, int64_t source, int64_t h, int64_t w,
-                          int64_t c, int64_t element) {
+  for_each_product(s, [&](int64_t n, int64_t p, int64_t q, int64_t k, int64_t source, int64_t h, int64_t w, int64_t c,
+                          int64_t element) {
     const T x = load_as_acc(&input.at(source, h, w, c)), g = grad_at(n, p, q, k);
     want.at(n, p, q, k) += x * weight[static_cast<size_t>(element)];
     want_dx.at(source, h, w, c) += g * weight[static_cast<size_t>(element)];
@@ -131,8 +131,8 @@ void check_problem(Random& random, const Problem& problem, const ConvKernels<T>&
   CHECK(by_weight.within(tolerance) && "wgrad");
   if (harness::failures > 0) {
     std::printf("  %s %s N%" PRId64 " C%" PRId64 " H%" PRId64 " W%" PRId64 " K%" PRId64 " R%" PRId64 " S%" PRId64
-                " stride %" PRId64 ",%" PRId64 " pad %" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64
-                " dil %" PRId64 ",%" PRId64 " groups %" PRId64 " samples %" PRId64 " share %d layout %d\n",
+                " stride %" PRId64 ",%" PRId64 " pad %" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 " dil %" PRId64
+                ",%" PRId64 " groups %" PRId64 " samples %" PRId64 " share %d layout %d\n",
                 name, isa_name(current_isa()), s.N, s.C, s.H, s.W, s.K, s.R, s.S, s.stride_h, s.stride_w, s.pad_top,
                 s.pad_bottom, s.pad_left, s.pad_right, s.dilation_h, s.dilation_w, s.groups, s.num_samples,
                 static_cast<int>(s.share_input), layout);

@@ -23,8 +23,7 @@ template <typename F>
 void sweep(float low, float high, uint32_t step, F&& f) {
   const uint32_t from = std::min(float_to_bits(low), float_to_bits(high));
   const uint32_t to = std::max(float_to_bits(low), float_to_bits(high));
-  for (uint64_t bits = from; bits <= to; bits += step)
-    f(bits_to_float(static_cast<uint32_t>(bits)));
+  for (uint64_t bits = from; bits <= to; bits += step) f(bits_to_float(static_cast<uint32_t>(bits)));
   f(low), f(high);
 }
 
@@ -170,8 +169,7 @@ void test_kl_gradients(Random& random) {
     };
     double t;
     const double scale = scale_from_rho(rho, floor, &t);
-    const PosteriorGrad<double> g =
-        posterior_grad(0.0, 0.0, 2.0, loc, rho, prior_loc, 1 / prior_scale, floor);
+    const PosteriorGrad<double> g = posterior_grad(0.0, 0.0, 2.0, loc, rho, prior_loc, 1 / prior_scale, floor);
     const PriorGrad<double> p = kl_prior_grad(2.0, loc, scale, prior_loc, 1 / prior_scale);
     const double got[] = {g.loc, g.rho, p.loc, p.scale};
     for (int j = 0; j < 4; ++j) {
@@ -209,8 +207,7 @@ void test_activation(Random& random) {
     const float saved32 = needs_pre_activation(kActivation) ? z32 : y32;
     const double got32 = activation_derivative<kActivation>(saved32, param32);
     worst_float = std::fmax(worst_float, std::fabs(y32 - y) / (1 + std::fabs(y)));
-    if (!kink)
-      worst_float = std::fmax(worst_float, std::fabs(got32 - want) / (1 + std::fabs(want)));
+    if (!kink) worst_float = std::fmax(worst_float, std::fabs(got32 - want) / (1 + std::fabs(want)));
   }
   CHECK(worst < 1e-8);
   CHECK(worst_float < 2e-6);
@@ -256,8 +253,7 @@ void test_nan_parameters() {
   p.loc = loc.data(), p.rho = rho.data();
   p.loc_stride = p.rho_stride = {kCount, kCount, kCount, 1};
   p.prior_scale_value = 1.0f;
-  kernels<float>().sample(p, 0, 0, 1, {weight.data(), Dtype::kFloat32, p.loc_stride},
-                          partials.data());
+  kernels<float>().sample(p, 0, 0, 1, {weight.data(), Dtype::kFloat32, p.loc_stride}, partials.data());
   PosteriorGrads<float> g = {};
   g.grad_kl = 1.0f, g.num_samples = 1;
   g.grad_rho = grad_rho.data(), g.grad_rho_stride = p.loc_stride;

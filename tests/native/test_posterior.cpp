@@ -48,8 +48,8 @@ void test_normals(Random& random) {
     noise_kernels().normals(noise, stream, first, count, got.data());
     bool same = true;
     for (int64_t i = 0; i < count; ++i) {
-      same = same && same_bits(got[static_cast<size_t>(i)],
-                               standard_normal(noise, stream, first + static_cast<uint64_t>(i)));
+      same = same &&
+             same_bits(got[static_cast<size_t>(i)], standard_normal(noise, stream, first + static_cast<uint64_t>(i)));
     }
     CHECK(same && "normals equal their definition");
     noise_kernels().signs(noise, stream, first, count, got.data());
@@ -126,8 +126,7 @@ void test_posterior(Random& random, bool prior_tensors, std::vector<double>* bit
   const int layout = static_cast<int>(random.below(3));
   std::vector<T> weight(static_cast<size_t>(f.elements()));
   std::vector<double> partials(static_cast<size_t>(f.K * kl_chunks_per_row(f.params)), -1.0);
-  const WeightOut out = {weight.data(), sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32,
-                         f.strides(layout)};
+  const WeightOut out = {weight.data(), sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32, f.strides(layout)};
   for (int64_t k = 0; k < f.K; ++k) table.sample(f.params, 2, k, k + 1, out, partials.data());
   const double kl = sum_kl_partials(partials.data(), static_cast<int64_t>(partials.size()));
   std::vector<double> alone(partials.size());
@@ -151,15 +150,13 @@ void test_posterior(Random& random, bool prior_tensors, std::vector<double>* bit
       for (int64_t t = 0; t < f.S; ++t)
         for (int64_t c = 0; c < f.C; ++c) {
           const PosteriorParams<T>& p = f.params;
-          const uint64_t element =
-              p.element_offset + static_cast<uint64_t>(((k * f.R + r) * f.S + t) * f.C + c);
+          const uint64_t element = p.element_offset + static_cast<uint64_t>(((k * f.R + r) * f.S + t) * f.C + c);
           const double loc = f.at(p.loc, p.loc_stride, k, r, t, c);
           const double rho = f.at(p.rho, p.rho_stride, k, r, t, c);
           const double prior_loc = prior_tensors ? f.at(p.prior_loc, p.prior_loc_stride, k, r, t, c) : 0.25;
           const double prior_scale = prior_tensors ? f.prior_scale[static_cast<size_t>(k)] : p.prior_scale_value;
           const double scale = exact_scale(rho, p.scale_floor);
-          const double want =
-              loc + scale * standard_normal({p.noise.key, p.noise.offset + 2}, p.stream, element);
+          const double want = loc + scale * standard_normal({p.noise.key, p.noise.offset + 2}, p.stream, element);
           const double got = f.at(weight.data(), out.stride, k, r, t, c);
           worst = std::fmax(worst, std::fabs(got - want) / (1 + std::fabs(want)));
           want_kl += exact_kl(loc, scale, prior_loc, prior_scale);
@@ -167,8 +164,8 @@ void test_posterior(Random& random, bool prior_tensors, std::vector<double>* bit
           for (int64_t s = 0; s < samples; ++s) {
             const double gs = f.at(grad.data() + s * f.elements(), g.grad_weight_stride, k, r, t, c);
             by_loc += gs;
-            by_scale += gs * standard_normal({p.noise.key, p.noise.offset + static_cast<uint64_t>(s)},
-                                             p.stream, element);
+            by_scale +=
+                gs * standard_normal({p.noise.key, p.noise.offset + static_cast<uint64_t>(s)}, p.stream, element);
           }
           const double inverse = 1 / (prior_scale * prior_scale);
           by_loc += 0.3 * (loc - prior_loc) * inverse;

@@ -28,12 +28,10 @@ double value_of(uint32_t pattern, Format format) {
   const double fraction = pattern & ((1u << format.fraction_bits) - 1);
   const double sign = pattern >> 15 ? -1.0 : 1.0;
   if (exponent == static_cast<int>(format.exponent_mask())) {
-    return fraction != 0 ? std::numeric_limits<double>::quiet_NaN()
-                         : sign * std::numeric_limits<double>::infinity();
+    return fraction != 0 ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
   }
   const double significand = exponent == 0 ? fraction : fraction + (1 << format.fraction_bits);
-  return sign *
-         std::ldexp(significand, std::max(exponent, 1) - format.bias() - format.fraction_bits);
+  return sign * std::ldexp(significand, std::max(exponent, 1) - format.bias() - format.fraction_bits);
 }
 
 // The nearest representable value, ties to even (the rounding mode of nearbyint), overflow to
@@ -53,9 +51,7 @@ double stored(float x) {
   return load_as_acc(&cell);
 }
 
-bool same(double a, double b) {
-  return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b);
-}
+bool same(double a, double b) { return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b); }
 
 template <typename T>
 void test_storage(Format format, Random& random) {
@@ -71,9 +67,8 @@ void test_storage(Format format, Random& random) {
     round_trips = round_trips && (is_nan ? std::isnan(load_as_acc(&back)) : back.bits == pattern);
     if ((pattern & 0x7fffu) >= infinity) continue;
     // Halfway to the next pattern (in magnitude), and the floats on both sides of it.
-    const double next = (pattern & 0x7fffu) + 1 == infinity
-                            ? std::copysign(std::ldexp(1.0, format.bias() + 1), value)
-                            : value_of(pattern + 1, format);
+    const double next = (pattern & 0x7fffu) + 1 == infinity ? std::copysign(std::ldexp(1.0, format.bias() + 1), value)
+                                                            : value_of(pattern + 1, format);
     const float tie = static_cast<float>(0.5 * (value + next));
     for (const float x : {tie, std::nextafter(tie, 0.0f), std::nextafter(tie, 2 * tie)}) {
       ties = ties && same(stored<T>(x), rounded(x, format));
@@ -85,8 +80,7 @@ void test_storage(Format format, Random& random) {
   }
   CHECK(loads), CHECK(round_trips), CHECK(ties), CHECK(any);
   CHECK(std::isnan(stored<T>(bits_to_float(0x7f800001u))) && "a NaN with low bits only");
-  CHECK(std::isnan(stored<T>(bits_to_float(0xffffffffu))) &&
-        "a NaN that rounding would carry over");
+  CHECK(std::isnan(stored<T>(bits_to_float(0xffffffffu))) && "a NaN that rounding would carry over");
   CHECK(stored<T>(std::numeric_limits<float>::max()) == HUGE_VAL);
   CHECK(same(stored<T>(-0.0f), -0.0));
 }
@@ -106,8 +100,7 @@ void test_output_extent() {
               const int64_t room = extent + before + after - ((filter - 1) * dilation + 1);
               int64_t outputs = -100;
               while (outputs * stride <= room) ++outputs;
-              right = right &&
-                      output_extent(extent, before, after, filter, stride, dilation) == outputs;
+              right = right && output_extent(extent, before, after, filter, stride, dilation) == outputs;
             }
   CHECK(right);
 }
@@ -116,9 +109,8 @@ void test_same_padding() {
   struct Row {
     int64_t n, k, s, d, out, before, after;
   };
-  const Row table[] = {{7, 3, 2, 1, 4, 1, 1},   {8, 3, 2, 1, 4, 0, 1}, {7, 2, 1, 1, 7, 0, 1},
-                       {8, 3, 3, 1, 3, 0, 1},   {7, 2, 3, 1, 3, 0, 1}, {10, 1, 3, 1, 4, 0, 0},
-                       {10, 2, 1, 3, 10, 1, 2}, {1, 5, 2, 1, 1, 2, 2}};
+  const Row table[] = {{7, 3, 2, 1, 4, 1, 1}, {8, 3, 2, 1, 4, 0, 1},  {7, 2, 1, 1, 7, 0, 1},   {8, 3, 3, 1, 3, 0, 1},
+                       {7, 2, 3, 1, 3, 0, 1}, {10, 1, 3, 1, 4, 0, 0}, {10, 2, 1, 3, 10, 1, 2}, {1, 5, 2, 1, 1, 2, 2}};
   for (const Row& r : table) {
     const SamePadding p = same_padding(r.n, r.k, r.s, r.d);
     CHECK(p.before == r.before && p.after == r.after);
@@ -134,8 +126,7 @@ void test_same_padding() {
           right = right && outputs == (n + s - 1) / s && p.before >= 0;
           right = right && (p.after == p.before || p.after == p.before + 1);
           // No zero more than is needed.
-          right =
-              right && (p.after == 0 || output_extent(n, p.before, p.after - 1, k, s, d) < outputs);
+          right = right && (p.after == 0 || output_extent(n, p.before, p.after - 1, k, s, d) < outputs);
         }
   CHECK(right);
 }

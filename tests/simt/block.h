@@ -20,9 +20,9 @@ constexpr int kErrorLaunchFailure = 719, kErrorCooperativeTooLarge = 720;
 
 // What may be changed before a launch; read during one, from any thread.
 struct Settings {
-  uint32_t seed = 0;        // of the schedule; the default is FASTBCONV_SIMT_SEED, or 0
-  int resident_blocks = 0;  // blocks that the "device" holds at once; 0: a choice by the seed
-  int workers = 1;          // host threads of a launch; more than one with seed 0 only
+  uint32_t seed = 0;               // of the schedule; the default is FASTBCONV_SIMT_SEED, or 0
+  int resident_blocks = 0;         // blocks that the "device" holds at once; 0: a choice by the seed
+  int workers = 1;                 // host threads of a launch; more than one with seed 0 only
   size_t shared_limit = 99 << 10;  // bytes of shared memory per block: the least of sm_80 and later
   bool exit_on_failure = true;     // false: the launch gives up and returns kErrorLaunchFailure
 };
@@ -47,8 +47,7 @@ struct Site {
   }
   static bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 };
-constexpr Site here(const char* operation, const char* file = __builtin_FILE(),
-                    int line = __builtin_LINE()) {
+constexpr Site here(const char* operation, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   return {operation, file, line};
 }
 

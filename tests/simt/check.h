@@ -136,8 +136,7 @@ class Suite {
   // 0 for success, and for nothing else.
   int finish() {
     close_group();
-    std::printf("%" PRId64 " checks, %" PRId64 " failures, seed %" PRIu32 "\n", checks_, failures_,
-                seed);
+    std::printf("%" PRId64 " checks, %" PRId64 " failures, seed %" PRIu32 "\n", checks_, failures_, seed);
     return failures_ == 0 && checks_ > 0 ? 0 : 1;
   }
 
@@ -175,14 +174,12 @@ class Suite {
   }
   // |got - want| <= absolute + relative * |want|.
   template <typename Got, typename Want>
-  bool close(const std::string& what, const Got& got, const Want& want, double relative,
-             double absolute = 0.0) {
+  bool close(const std::string& what, const Got& got, const Want& want, double relative, double absolute = 0.0) {
     return compare(what, got, want, relative, absolute);
   }
   // |got - want| <= relative * bound[i]: bound is for example the sum of |products| of an element.
   template <typename Got, typename Want, typename Bound>
-  bool bounded(const std::string& what, const Got& got, const Want& want, const Bound& bound,
-               double relative) {
+  bool bounded(const std::string& what, const Got& got, const Want& want, const Bound& bound, double relative) {
     return compare_with(what, got, want, [&](size_t i) { return relative * as_double(bound[i]); });
   }
   // Equal bytes: for two runs that have to agree in every bit.
@@ -191,8 +188,8 @@ class Suite {
     if (got.size() != want.size()) return sizes_differ(what, got.size(), want.size());
     for (size_t i = 0; i < got.size(); ++i) {
       if (std::memcmp(&got[i], &want[i], sizeof(T)) != 0) {
-        return expect(false, "%s: bits differ first at %zu of %zu, got %.9g, want %.9g",
-                      what.c_str(), i, got.size(), as_double(got[i]), as_double(want[i]));
+        return expect(false, "%s: bits differ first at %zu of %zu, got %.9g, want %.9g", what.c_str(), i, got.size(),
+                      as_double(got[i]), as_double(want[i]));
       }
     }
     return expect(true, "%s", "");
@@ -205,11 +202,8 @@ class Suite {
     return expect(false, "%s: %zu elements, want %zu", what.c_str(), got, want);
   }
   template <typename Got, typename Want>
-  bool compare(const std::string& what, const Got& got, const Want& want, double relative,
-               double absolute) {
-    return compare_with(what, got, want, [&](size_t i) {
-      return absolute + relative * std::fabs(as_double(want[i]));
-    });
+  bool compare(const std::string& what, const Got& got, const Want& want, double relative, double absolute) {
+    return compare_with(what, got, want, [&](size_t i) { return absolute + relative * std::fabs(as_double(want[i])); });
   }
   template <typename Got, typename Want, typename Allowed>
   bool compare_with(const std::string& what, const Got& got, const Want& want, Allowed allowed) {
@@ -229,14 +223,12 @@ class Suite {
     return expect(false,
                   "%s: %zu of %zu differ, first at %zu (got %.9g, want %.9g), worst at %zu (got "
                   "%.9g, want %.9g, %.3g times the allowed error)",
-                  what.c_str(), wrong, got.size(), first, as_double(got[first]),
-                  as_double(want[first]), worst, as_double(got[worst]), as_double(want[worst]),
-                  worst_ratio);
+                  what.c_str(), wrong, got.size(), first, as_double(got[first]), as_double(want[first]), worst,
+                  as_double(got[worst]), as_double(want[worst]), worst_ratio);
   }
   void close_group() {
     if (group_checks_ > 0) {
-      std::printf("%-44s %6" PRId64 " checks %6" PRId64 " failures\n", group_.c_str(),
-                  group_checks_, group_failures_);
+      std::printf("%-44s %6" PRId64 " checks %6" PRId64 " failures\n", group_.c_str(), group_checks_, group_failures_);
       std::fflush(stdout);
     }
     group_checks_ = group_failures_ = 0;

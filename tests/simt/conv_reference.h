@@ -66,9 +66,7 @@ class Forward {
       output.memory = poisoned<T>(l.output_shift + shape.output_rows() * shape.K * plane);
       pre_activation = output;
     }
-    const auto value = [&] {
-      return whole ? static_cast<double>(random.between(-2, 2)) : random.uniform(-1, 1);
-    };
+    const auto value = [&] { return whole ? static_cast<double>(random.between(-2, 2)) : random.uniform(-1, 1); };
     input.fill(value);
     layout.point = l.point || whole;
     fill_parameters(value, random);
@@ -122,8 +120,7 @@ class Forward {
     const int64_t R = shape.R, S = shape.S, C = shape.channels_per_group();
     PosteriorParams<float>& p = weight.posterior;
     p.K = shape.K, p.R = R, p.S = S, p.C = C;
-    p.loc_stride =
-        layout.kcrs ? WeightStrides{R * S * C, S, 1, R * S} : WeightStrides{R * S * C, S * C, C, 1};
+    p.loc_stride = layout.kcrs ? WeightStrides{R * S * C, S, 1, R * S} : WeightStrides{R * S * C, S * C, C, 1};
     p.rho_stride = p.loc_stride;
     p.prior_loc_stride = {0, 0, 0, 1};  // one per channel
     p.prior_scale_stride = {1, 0, 0, 0};
@@ -166,15 +163,13 @@ class Forward {
     float t, scale = 0.0f;
     if (p.rho != nullptr) scale = scale_from_rho(p.rho[at], p.scale_floor, &t);
     scale_[static_cast<size_t>(e)] = scale;
-    want_kl_ +=
-        reference_kl(p.loc[at], scale, p.prior_loc != nullptr ? p.prior_loc[c] : p.prior_loc_value,
-                     p.prior_scale != nullptr ? p.prior_scale[k] : p.prior_scale_value);
+    want_kl_ += reference_kl(p.loc[at], scale, p.prior_loc != nullptr ? p.prior_loc[c] : p.prior_loc_value,
+                             p.prior_scale != nullptr ? p.prior_scale[k] : p.prior_scale_value);
     for (int64_t draw = 0; draw < shape.num_samples; ++draw) {
       float value = p.loc[at];
       if (p.rho != nullptr) {
-        const NoiseKey key = {
-            static_cast<uint64_t>(seed_[0]),
-            static_cast<uint64_t>(seed_[1]) + p.noise.offset + static_cast<uint64_t>(draw)};
+        const NoiseKey key = {static_cast<uint64_t>(seed_[0]),
+                              static_cast<uint64_t>(seed_[1]) + p.noise.offset + static_cast<uint64_t>(draw)};
         const uint64_t number = p.element_offset + static_cast<uint64_t>(e);
         value = weight_from_eps(value, scale, standard_normal(key, p.stream, number));
       }
@@ -212,19 +207,16 @@ class Forward {
     const int64_t C = shape.channels_per_group();
     for_each_product(shape, [&](const Product& i) {
       const int64_t e = ((i.k * shape.R + i.r) * shape.S + i.s) * C + i.c;
-      const double product =
-          operand(input.at(i.n, i.h, i.w, i.channel)) *
-          operand(given[static_cast<size_t>(layout.given_shift + i.draw * weights() + e)]);
-      const auto at =
-          static_cast<size_t>(((i.row * shape.P + i.p) * shape.Q + i.q) * shape.K + i.k);
+      const double product = operand(input.at(i.n, i.h, i.w, i.channel)) *
+                             operand(given[static_cast<size_t>(layout.given_shift + i.draw * weights() + e)]);
+      const auto at = static_cast<size_t>(((i.row * shape.P + i.p) * shape.Q + i.q) * shape.K + i.k);
       want[at] += product;
       bound[at] += std::fabs(product);
     });
     for (size_t i = 0; layout.bias && i < want.size(); ++i) {
       const int64_t row = static_cast<int64_t>(i) / (shape.P * shape.Q * shape.K);
       const int64_t draw = row / shape.rows_per_sample();
-      const double b =
-          bias_[static_cast<size_t>(draw * shape.K + static_cast<int64_t>(i) % shape.K)];
+      const double b = bias_[static_cast<size_t>(draw * shape.K + static_cast<int64_t>(i) % shape.K)];
       want[i] += b;
       bound[i] += std::fabs(b);
     }

@@ -26,8 +26,7 @@ constexpr size_t kAlignment = 256;
 inline bool is_managed() {
   static const bool managed = [] {
     int concurrent = 0;
-    if (const cudaError_t status =
-            cudaDeviceGetAttribute(&concurrent, cudaDevAttrConcurrentManagedAccess, 0)) {
+    if (const cudaError_t status = cudaDeviceGetAttribute(&concurrent, cudaDevAttrConcurrentManagedAccess, 0)) {
       give_up(status);
     }
     const char* wanted = std::getenv("FASTBCONV_TEST_MEMORY");
@@ -37,8 +36,8 @@ inline bool is_managed() {
 }
 inline void* allocate_for_both(size_t bytes) {
   void* memory = nullptr;
-  const cudaError_t status = is_managed() ? cudaMallocManaged(&memory, bytes)
-                                          : cudaHostAlloc(&memory, bytes, cudaHostAllocMapped);
+  const cudaError_t status =
+      is_managed() ? cudaMallocManaged(&memory, bytes) : cudaHostAlloc(&memory, bytes, cudaHostAllocMapped);
   if (status != cudaSuccess) give_up(status);
   return memory;
 }

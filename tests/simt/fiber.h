@@ -52,8 +52,7 @@ class Pages {
     }
 #endif
     release();
-    void* fresh = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* fresh = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (fresh == MAP_FAILED) {
       std::perror("simt: memory for stacks");
       std::abort();
@@ -110,9 +109,7 @@ inline void make_context(Context& context, unsigned char* bottom, size_t size, v
   for (int i = 0; i < 6; ++i) *--stack = nullptr;
   context.stack_pointer = stack;
 }
-inline void switch_context(Context& from, Context& to) {
-  fbc_simt_switch(&from.stack_pointer, to.stack_pointer);
-}
+inline void switch_context(Context& from, Context& to) { fbc_simt_switch(&from.stack_pointer, to.stack_pointer); }
 #endif
 
 #if defined(FBC_SIMT_TSAN)

@@ -89,8 +89,7 @@ struct Image {
   ImageStrides stride;
   Buffer<T> memory;
 
-  Image(int64_t rows, int64_t height, int64_t width, int64_t channels, int64_t gap = 0,
-        int64_t before = 0)
+  Image(int64_t rows, int64_t height, int64_t width, int64_t channels, int64_t gap = 0, int64_t before = 0)
       : n(rows), h(height), w(width), c(channels), shift(before) {
     stride.c = 1;
     stride.w = c + gap;
@@ -100,8 +99,7 @@ struct Image {
   }
   T* data() { return memory.data() + shift; }
   T& at(int64_t in, int64_t ih, int64_t iw, int64_t ic) {
-    return memory[static_cast<size_t>(shift + in * stride.n + ih * stride.h + iw * stride.w +
-                                      ic * stride.c)];
+    return memory[static_cast<size_t>(shift + in * stride.n + ih * stride.h + iw * stride.w + ic * stride.c)];
   }
   template <typename F>
   void fill(F value) {

@@ -48,8 +48,7 @@ struct Tensor {
   T* data() { return memory.data() + base; }
   void fill(double low, double high, Random& random, int64_t copies = 1) {
     for (int64_t j = 0; j < copies; ++j)
-      for (int64_t e = 0; e < shape.elements(); ++e)
-        (*this)(e, j) = from_double<T>(random.uniform(low, high));
+      for (int64_t e = 0; e < shape.elements(); ++e) (*this)(e, j) = from_double<T>(random.uniform(low, high));
   }
   void fill_integers(int64_t bound, Random& random, int64_t copies) {
     for (int64_t j = 0; j < copies; ++j)
@@ -94,16 +93,13 @@ struct Subject {
     params.stream = Stream::kBias;
     params.element_offset = element_offset;
   }
-  double prior_loc_of(int64_t e) {
-    return params.prior_loc != nullptr ? static_cast<double>(prior_loc(e)) : 0.25;
-  }
+  double prior_loc_of(int64_t e) { return params.prior_loc != nullptr ? static_cast<double>(prior_loc(e)) : 0.25; }
   double prior_scale_of(int64_t e) {
     return params.prior_scale != nullptr ? static_cast<double>(prior_scale(e)) : 0.75;
   }
   float eps(int64_t e, int64_t sample) const {
-    const NoiseKey noise = {
-        static_cast<uint64_t>(seed[0]),
-        static_cast<uint64_t>(seed[1]) + params.noise.offset + static_cast<uint64_t>(sample)};
+    const NoiseKey noise = {static_cast<uint64_t>(seed[0]),
+                            static_cast<uint64_t>(seed[1]) + params.noise.offset + static_cast<uint64_t>(sample)};
     return standard_normal(noise, params.stream, params.element_offset + static_cast<uint64_t>(e));
   }
   T weight(int64_t e, int64_t sample) {
@@ -116,10 +112,8 @@ struct Subject {
     double sum = 0.0;
     for (int64_t e = 0; e < shape.elements() && params.rho != nullptr; ++e) {
       double t;
-      const double scale =
-          scale_from_rho(static_cast<double>(rho(e)), static_cast<double>(params.scale_floor), &t);
-      sum += kl_normal_normal(static_cast<double>(loc(e)), scale, prior_loc_of(e),
-                              1.0 / prior_scale_of(e));
+      const double scale = scale_from_rho(static_cast<double>(rho(e)), static_cast<double>(params.scale_floor), &t);
+      sum += kl_normal_normal(static_cast<double>(loc(e)), scale, prior_loc_of(e), 1.0 / prior_scale_of(e));
     }
     return sum;
   }
@@ -137,12 +131,8 @@ inline std::vector<Shape> shapes_for(bool quick) {
   std::vector<Shape> shapes = {{1, 1, 1, 1}, {1, 1, 1, 3}, {1, 1, 1, 4}, {1, 1, 1, 5},
                                {2, 3, 3, 1}, {5, 3, 3, 3}, {3, 3, 2, 17}};
   if (!quick) {
-    for (Shape more : {Shape{1, 1, 1, 2047},
-                       {1, 1, 1, 2048},
-                       {1, 1, 1, 2049},
-                       {4, 3, 3, 64},
-                       {7, 1, 1, 12},
-                       {9, 1, 5, 8}})
+    for (Shape more :
+         {Shape{1, 1, 1, 2047}, {1, 1, 1, 2048}, {1, 1, 1, 2049}, {4, 3, 3, 64}, {7, 1, 1, 12}, {9, 1, 5, 8}})
       shapes.push_back(more);
   }
   return shapes;

@@ -38,8 +38,8 @@ inline void yield() {
   std::snprintf(text, sizeof text,
                 "simt: %s: %s\n  at %s:%d, block (%u,%u,%u), thread %u (warp %u, lane %d), "
                 "schedule %u\n",
-                t.at.operation, what, t.at.file, t.at.line, b.index.x, b.index.y, b.index.z,
-                t.index.x, t.index.x / 32, t.lane, b.launch->seed);
+                t.at.operation, what, t.at.file, t.at.line, b.index.x, b.index.y, b.index.z, t.index.x, t.index.x / 32,
+                t.lane, b.launch->seed);
   finish_report(text);
   b.launch->failed = true;
   for (;;) yield();  // the scheduler drops the launch
@@ -54,8 +54,7 @@ inline void describe_waits(const Block& b, char* text, size_t size) {
     used += n > 0 ? static_cast<size_t>(n) : 0;
   };
   const int count = static_cast<int>(b.threads.size());
-  add("  block (%u,%u,%u): %d of %d threads have returned\n", b.index.x, b.index.y, b.index.z,
-      count - b.live, count);
+  add("  block (%u,%u,%u): %d of %d threads have returned\n", b.index.x, b.index.y, b.index.z, count - b.live, count);
   for (int i = 0, lines = 0; i < count && lines < 12;) {
     const Thread& t = b.threads[static_cast<size_t>(i)];
     int end = i + 1;
@@ -64,8 +63,7 @@ inline void describe_waits(const Block& b, char* text, size_t size) {
       ++end;
     }
     if (t.state != State::kDone) {
-      add("    threads %d to %d wait in %s, %s:%d", i, end - 1, t.at.operation, t.at.file,
-          t.at.line);
+      add("    threads %d to %d wait in %s, %s:%d", i, end - 1, t.at.operation, t.at.file, t.at.line);
       if (t.state == State::kAtFlag) {
         add(": %u, want %u", __atomic_load_n(t.flag, __ATOMIC_RELAXED), t.flag_value);
       }

@@ -38,8 +38,7 @@ inline void thread_exits(Thread& t) {
     fail("%zu asynchronous copies are in flight: copy_wait<0>() first", t.copies.size());
   }
   if (t.warp->arrived > 0) {
-    fail("lanes of this warp wait in %s, %s:%d", t.warp->at.operation, t.warp->at.file,
-         t.warp->at.line);
+    fail("lanes of this warp wait in %s, %s:%d", t.warp->at.operation, t.warp->at.file, t.warp->at.line);
   }
   t.state = State::kDone;
   --t.warp->live;
@@ -58,9 +57,7 @@ inline void fiber_entry() {
   end_fiber(block->current->fiber, block->host);
 }
 
-inline dim3 block_index(dim3 grid, unsigned i) {
-  return {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
-}
+inline dim3 block_index(dim3 grid, unsigned i) { return {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)}; }
 
 inline void prepare_shared(Block& b) {
   const size_t bytes = b.launch->shared_bytes;
@@ -103,8 +100,7 @@ inline void start_block(Block& b, Launch& launch, unsigned number) {
     t.at = {"start of the kernel", "", 0};
     t.copies.clear();
     t.open_group = 0;
-    reset_fiber(t.fiber, b.stacks.data() + static_cast<size_t>(i) * kStackBytes, kStackBytes,
-                fiber_entry);
+    reset_fiber(t.fiber, b.stacks.data() + static_cast<size_t>(i) * kStackBytes, kStackBytes, fiber_entry);
     name_fiber(t.fiber, number, i);
     wake(t);
   }
@@ -117,8 +113,7 @@ inline void finish_block(Block& b) {
   for (size_t i = 0; i < kGuardBytes; ++i) {
     if (b.shared[b.launch->shared_bytes + i] == kGuard) continue;
     char text[256];
-    std::snprintf(text, sizeof text,
-                  "simt: block (%u,%u,%u) wrote %zu bytes past its %zu bytes of shared memory\n",
+    std::snprintf(text, sizeof text, "simt: block (%u,%u,%u) wrote %zu bytes past its %zu bytes of shared memory\n",
                   b.index.x, b.index.y, b.index.z, i, b.launch->shared_bytes);
     finish_report(text);
     b.launch->failed = true;
@@ -158,8 +153,7 @@ class Residents {
       Block& b = *blocks_[at_];
       block = &b;
       const uint32_t turns = launch_.seed == 0 ? 64 : 1 + random_.below(64);
-      for (uint32_t i = 0; i < turns && b.live > 0 && !launch_.failed && b.head < b.queue.size();
-           ++i) {
+      for (uint32_t i = 0; i < turns && b.live > 0 && !launch_.failed && b.head < b.queue.size(); ++i) {
         step(b);
       }
       if (b.live == 0) {
@@ -254,8 +248,7 @@ inline int run(Launch& launch) {
   launch.blocks = g.x * g.y * g.z;
   const auto resident = static_cast<unsigned>(resident_blocks(s.seed));
   if (launch.cooperative && launch.blocks > resident) {
-    return refuse(kErrorCooperativeTooLarge,
-                  "more blocks than resident_blocks() of a cooperative launch");
+    return refuse(kErrorCooperativeTooLarge, "more blocks than resident_blocks() of a cooperative launch");
   }
   before_here(&launch.begin);
   const bool together = launch.cooperative || s.seed != 0;

@@ -76,8 +76,7 @@ inline T shuffle_xor(T value, int mask, Site at = here("shuffle_xor")) {
     for (int i = 0; i < 32; ++i) {
       auto* mine = static_cast<Argument*>(lanes[i]);
       if (mine->mask != mask || mask < 0 || mask > 31) {
-        simt::fail("lane %d has mask %d, lane 0 mask %d: want one mask, 0 to 31", i, mine->mask,
-                   mask);
+        simt::fail("lane %d has mask %d, lane 0 mask %d: want one mask, 0 to 31", i, mine->mask, mask);
       }
       mine->out = static_cast<Argument*>(lanes[i ^ mask])->in;
     }
@@ -180,25 +179,21 @@ inline void load_matrices_any(uint32_t (&r)[4], const void* row, Site at) {
 inline void load_matrices(uint32_t (&r)[4], const void* row, Site at = here("load_matrices")) {
   load_matrices_any<false>(r, row, at);
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row,
-                                     Site at = here("load_matrices_transposed")) {
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, Site at = here("load_matrices_transposed")) {
   load_matrices_any<true>(r, row, at);
 }
 
 inline void mma_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                          Site at = here("mma_bfloat16")) {
   simt::MmaArgument q{c, a, {b0, b1}};
-  simt::collective(
-      at, &q, [](void** lanes) { simt::multiply_fragments<16>(lanes, simt::half_of<BFloat16>); });
+  simt::collective(at, &q, [](void** lanes) { simt::multiply_fragments<16>(lanes, simt::half_of<BFloat16>); });
 }
 inline void mma_float16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                         Site at = here("mma_float16")) {
   simt::MmaArgument q{c, a, {b0, b1}};
-  simt::collective(at, &q,
-                   [](void** lanes) { simt::multiply_fragments<16>(lanes, simt::half_of<Half>); });
+  simt::collective(at, &q, [](void** lanes) { simt::multiply_fragments<16>(lanes, simt::half_of<Half>); });
 }
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                     Site at = here("mma_tf32")) {
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site at = here("mma_tf32")) {
   simt::MmaArgument q{c, a, {b0, b1}};
   simt::collective(at, &q, [](void** lanes) {
     simt::multiply_fragments<8>(lanes, [](uint32_t w, int) { return simt::tf32_value(w); });
@@ -207,9 +202,7 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 inline uint32_t to_tf32(float value) {
   return value != value ? 0x7fffffffu : (float_to_bits(value) + 0x1000u) & 0xffffe000u;
 }
-inline uint32_t pack_bfloat16(float low, float high) {
-  return simt::pack_pair<BFloat16>(low, high);
-}
+inline uint32_t pack_bfloat16(float low, float high) { return simt::pack_pair<BFloat16>(low, high); }
 inline uint32_t pack_float16(float low, float high) { return simt::pack_pair<Half>(low, high); }
 
 // ---- between blocks ---------------------------------------------------------------------------
@@ -222,8 +215,7 @@ inline void add_release(uint32_t* counter, uint32_t value, Site at = here("add_r
   enter_signal(at, counter);
   __atomic_add_fetch(counter, value, __ATOMIC_RELEASE);
 }
-inline void wait_at_least(const uint32_t* counter, uint32_t value,
-                          Site at = here("wait_at_least")) {
+inline void wait_at_least(const uint32_t* counter, uint32_t value, Site at = here("wait_at_least")) {
   enter_signal(at, counter);
   {
     const simt::Quiet quiet;
@@ -246,8 +238,8 @@ template <typename T>  // keeps an argument out of deduction: it converts to wha
 using Argument = const typename Exactly<T>::type&;
 
 template <typename... Params>
-int launch_any(bool cooperative, void (*kernel)(Params...), dim3 grid, int threads,
-               size_t shared_bytes, Argument<Params>... params) {
+int launch_any(bool cooperative, void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
+               Argument<Params>... params) {
   static_assert((sizeof(Params) + ... + 0) <= kMaxParameters, "bytes of kernel parameters");
   const auto call = [&] { kernel(params...); };
   simt::Launch launch;
@@ -267,8 +259,8 @@ int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_byte
   return detail::launch_any<Params...>(false, kernel, grid, threads, shared_bytes, params...);
 }
 template <typename... Params>
-int launch_cooperative(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
-                       void*, detail::Argument<Params>... params) {
+int launch_cooperative(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, void*,
+                       detail::Argument<Params>... params) {
   return detail::launch_any<Params...>(true, kernel, grid, threads, shared_bytes, params...);
 }
 template <typename... Params>

@@ -55,8 +55,8 @@ struct Problem {
     fbc::PosteriorParams<float>& p = weight.posterior;
     const int64_t R = shape.R, S = shape.S, C = shape.channels_per_group();
     p.K = shape.K, p.R = R, p.S = S, p.C = C;
-    p.loc_stride = layout.kcrs ? fbc::WeightStrides{R * S * C, S, 1, R * S}
-                               : fbc::WeightStrides{R * S * C, S * C, C, 1};
+    p.loc_stride =
+        layout.kcrs ? fbc::WeightStrides{R * S * C, S, 1, R * S} : fbc::WeightStrides{R * S * C, S * C, C, 1};
     p.rho_stride = p.loc_stride;
     p.prior_scale_value = 1.0f;
     p.scale_floor = 1e-6f;
@@ -93,13 +93,10 @@ struct Problem {
     float t;
     scale[static_cast<size_t>(e)] = fbc::scale_from_rho(p.rho[at], p.scale_floor, &t);
     for (int64_t draw = 0; draw < shape.num_samples; ++draw) {
-      const fbc::NoiseKey key = {
-          static_cast<uint64_t>(seed[0]),
-          static_cast<uint64_t>(seed[1]) + kOffset + static_cast<uint64_t>(draw)};
-      const float eps =
-          fbc::standard_normal(key, p.stream, p.element_offset + static_cast<uint64_t>(e));
-      fbc::store_from_acc(&given(draw, e),
-                          fbc::weight_from_eps(p.loc[at], scale[static_cast<size_t>(e)], eps));
+      const fbc::NoiseKey key = {static_cast<uint64_t>(seed[0]),
+                                 static_cast<uint64_t>(seed[1]) + kOffset + static_cast<uint64_t>(draw)};
+      const float eps = fbc::standard_normal(key, p.stream, p.element_offset + static_cast<uint64_t>(e));
+      fbc::store_from_acc(&given(draw, e), fbc::weight_from_eps(p.loc[at], scale[static_cast<size_t>(e)], eps));
     }
   }
 };
@@ -111,9 +108,8 @@ void reference(Problem<T>& problem, vector<double>* want, vector<double>* bound)
   want->assign(static_cast<size_t>(s.N * s.H * s.W * s.C), 0.0);
   *bound = *want;
   fbc::test::for_each_product(s, [&](const fbc::test::Product& i) {
-    const double product =
-        fbc::test::as_double(problem.grad.at(i.row, i.p, i.q, i.k)) *
-        fbc::test::as_double(problem.given(i.draw, problem.element(i.k, i.r, i.s, i.c)));
+    const double product = fbc::test::as_double(problem.grad.at(i.row, i.p, i.q, i.k)) *
+                           fbc::test::as_double(problem.given(i.draw, problem.element(i.k, i.r, i.s, i.c)));
     const size_t at = static_cast<size_t>(((i.n * s.H + i.h) * s.W + i.w) * s.C + i.channel);
     (*want)[at] += product;
     (*bound)[at] += std::fabs(product);
@@ -141,8 +137,7 @@ void check_exact(Suite& suite, const GradientCase& c, const Layout& layout, fbc:
   problem.grad.fill([&] { return static_cast<double>(suite.random.between(-3, 3)); });
   for (int64_t draw = 0; draw < c.num_samples; ++draw) {
     for (int64_t e = 0; e < problem.weights(); ++e) {
-      problem.given(draw, e) =
-          fbc::test::from_double<T>(static_cast<double>(suite.random.between(-3, 3)));
+      problem.given(draw, e) = fbc::test::from_double<T>(static_cast<double>(suite.random.between(-3, 3)));
     }
   }
   run(suite, c.name, problem, WeightSource::kGiven);
@@ -152,9 +147,8 @@ void check_exact(Suite& suite, const GradientCase& c, const Layout& layout, fbc:
   suite.exact(c.name, problem.out.values(), want);
   int64_t poison = 0;
   for (const T& x : problem.out.memory) poison += std::isnan(fbc::test::as_double(x)) ? 1 : 0;
-  suite.expect(
-      poison + static_cast<int64_t>(want.size()) == static_cast<int64_t>(problem.out.memory.size()),
-      "%s: wrote between the pixels", c.name);
+  suite.expect(poison + static_cast<int64_t>(want.size()) == static_cast<int64_t>(problem.out.memory.size()),
+               "%s: wrote between the pixels", c.name);
 }
 
 // Sampled: every source gives the bits of the weights' replay, whose sums are near those in double.
@@ -168,13 +162,11 @@ void check_sampled(Suite& suite, const GradientCase& c, const Layout& layout, fb
   vector<double> want, bound;
   reference(problem, &want, &bound);
   for (size_t i = 0; i < bound.size(); ++i) bound[i] += std::fabs(want[i]);
-  suite.bounded(name, problem.out.values(), want, bound,
-                sizeof(T) == 4 ? 0x1p-9 : fbc::test::kUlp<T>);
+  suite.bounded(name, problem.out.values(), want, bound, sizeof(T) == 4 ? 0x1p-9 : fbc::test::kUlp<T>);
   suite.same_bits(name + ", private", run(suite, name, problem, WeightSource::kPrivate), given);
   suite.same_bits(name + ", private, scale given",
                   run(suite, name, problem, WeightSource::kPrivate, problem.scale.data()), given);
-  suite.same_bits(name + ", cooperative", run(suite, name, problem, WeightSource::kCooperative),
-                  given);
+  suite.same_bits(name + ", cooperative", run(suite, name, problem, WeightSource::kCooperative), given);
 }
 
 template <typename F>

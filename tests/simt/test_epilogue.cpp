@@ -15,8 +15,7 @@ struct Extents {
   int64_t elements() const { return rows * P * Q * K; }
 };
 enum class Layout { kNhwc, kNchw, kGaps, kOdd, kSliced, kBroadcast };
-constexpr Layout kLayouts[] = {Layout::kNhwc, Layout::kNchw, Layout::kGaps, Layout::kOdd,
-                               Layout::kSliced};
+constexpr Layout kLayouts[] = {Layout::kNhwc, Layout::kNchw, Layout::kGaps, Layout::kOdd, Layout::kSliced};
 
 // An image tensor in some layout; memory that belongs to no element stays as it was.
 template <typename T>
@@ -46,8 +45,7 @@ struct Image {
   T& operator()(int64_t i) {
     const auto [N, P, Q, K] = extents;
     const int64_t k = i % K, q = i / K % Q, p = i / (K * Q) % P, n = i / (K * Q * P);
-    return memory[static_cast<size_t>(base + n * stride.n + p * stride.h + q * stride.w +
-                                      k * stride.c)];
+    return memory[static_cast<size_t>(base + n * stride.n + p * stride.h + q * stride.w + k * stride.c)];
   }
   T* data() { return memory.data() + base; }
   template <typename F>
@@ -70,8 +68,7 @@ double activated(Activation a, double z, double param) {
 }
 double slope_of(Activation a, double saved, double param) {
   double out = 0;
-  visit_activation(
-      a, [&](auto tag) { out = activation_derivative<decltype(tag)::value>(saved, param); });
+  visit_activation(a, [&](auto tag) { out = activation_derivative<decltype(tag)::value>(saved, param); });
   return out;
 }
 // Half the spacing of the subnormals.
@@ -128,11 +125,10 @@ void check_bias(Suite& suite, const BiasCase& c, const std::string& name) {
 }
 
 std::vector<Extents> images(bool quick) {
-  std::vector<Extents> all = {
-      {4, 1, 1, 1}, {4, 3, 5, 3}, {4, 2, 4, 8}, {4, 3, 3, 17}, {4, 1, 8, 2}};
+  std::vector<Extents> all = {{4, 1, 1, 1}, {4, 3, 5, 3}, {4, 2, 4, 8}, {4, 3, 3, 17}, {4, 1, 8, 2}};
   if (!quick) {
-    for (Extents more : {Extents{4, 5, 7, 64}, Extents{12, 8, 1, 5}, Extents{4, 4, 4, 33},
-                         Extents{4, 1, 1, 4096 / 4 + 8}})
+    for (Extents more :
+         {Extents{4, 5, 7, 64}, Extents{12, 8, 1, 5}, Extents{4, 4, 4, 33}, Extents{4, 1, 1, 4096 / 4 + 8}})
       all.push_back(more);
   }
   return all;
@@ -145,19 +141,17 @@ void bias_all(Suite& suite) {
     for (Layout layout : kLayouts)
       for (int kind = 0; kind < (suite.quick ? 2 : 3); ++kind) {
         ++turn;
-        const auto activation = kind == 0
-                                    ? Activation::kRelu
-                                    : static_cast<Activation>((3 * turn + kind) % kNumActivations);
-        check_bias<T>(suite,
-                      {extents, layout, activation, turn % 3 == 0 ? 4 : 1 + turn % 2, turn % 5 != 0,
-                       turn % 2 == 0, kind == 0},
-                      "image " + std::to_string(turn));
+        const auto activation =
+            kind == 0 ? Activation::kRelu : static_cast<Activation>((3 * turn + kind) % kNumActivations);
+        check_bias<T>(
+            suite,
+            {extents, layout, activation, turn % 3 == 0 ? 4 : 1 + turn % 2, turn % 5 != 0, turn % 2 == 0, kind == 0},
+            "image " + std::to_string(turn));
       }
   for (int32_t a = 0; a < kNumActivations; ++a)
     for (Layout layout : {Layout::kNhwc, Layout::kNchw, Layout::kGaps}) {
       if (suite.quick && layout != Layout::kNhwc) continue;
-      check_bias<T>(suite,
-                    {{2, 4, 4, 16}, layout, static_cast<Activation>(a), 2, true, true, false},
+      check_bias<T>(suite, {{2, 4, 4, 16}, layout, static_cast<Activation>(a), 2, true, true, false},
                     "activation " + std::to_string(a));
     }
 }
@@ -174,8 +168,8 @@ void nan_through(Suite& suite) {
     p.activation_param = 1.0;
     suite.launched("bias_activation", bias_activation(p, nullptr));
     for (int64_t i = 0; i < 64; ++i) {
-      suite.expect(std::isnan(as_double(z(i))) == (i % 3 == 0), "activation %d, element %d",
-                   static_cast<int>(a), static_cast<int>(i));
+      suite.expect(std::isnan(as_double(z(i))) == (i % 3 == 0), "activation %d, element %d", static_cast<int>(a),
+                   static_cast<int>(i));
     }
   }
 }
@@ -201,12 +195,10 @@ struct GradRun {
         grad(c.extents, c.grad),
         sums(poisoned<A>(c.num_samples * c.extents.K)) {
     grad_output.fill([&](int64_t) {
-      return c.whole ? static_cast<double>(suite.random.between(-5, 5))
-                     : suite.random.uniform(-1, 1);
+      return c.whole ? static_cast<double>(suite.random.between(-5, 5)) : suite.random.uniform(-1, 1);
     });
     saved.fill([&](int64_t) {
-      return c.whole ? static_cast<double>(suite.random.between(-1, 1))
-                     : suite.random.uniform(-2, 2);
+      return c.whole ? static_cast<double>(suite.random.between(-1, 1)) : suite.random.uniform(-2, 2);
     });
     ActivationGradParams p = {};
     p.rows = c.extents.rows, p.P = c.extents.P, p.Q = c.extents.Q, p.K = c.extents.K;
@@ -217,8 +209,7 @@ struct GradRun {
     p.activation = c.activation, p.activation_param = 0.25;
     p.grad = c.with_grad ? grad.data() : nullptr, p.grad_stride = grad.stride;
     p.grad_bias = c.with_sums ? sums.data() : nullptr;
-    Buffer<unsigned char> workspace =
-        poisoned<unsigned char>(static_cast<int64_t>(activation_grad_workspace(p)));
+    Buffer<unsigned char> workspace = poisoned<unsigned char>(static_cast<int64_t>(activation_grad_workspace(p)));
     suite.launched("activation_grad", activation_grad(p, workspace.data(), nullptr));
   }
 };
@@ -257,34 +248,29 @@ void grad_all(Suite& suite) {
     for (Layout layout : kLayouts)
       for (int kind = 0; kind < (suite.quick ? 2 : 3); ++kind) {
         ++turn;
-        const auto activation = kind == 0
-                                    ? (turn % 2 == 0 ? Activation::kRelu : Activation::kLinear)
-                                    : static_cast<Activation>((5 * turn + kind) % kNumActivations);
+        const auto activation = kind == 0 ? (turn % 2 == 0 ? Activation::kRelu : Activation::kLinear)
+                                          : static_cast<Activation>((5 * turn + kind) % kNumActivations);
         const Layout other = kind == 2 ? kLayouts[turn % 5] : layout;
         check_grad<T>(suite,
                       {extents, turn % 11 == 0 ? Layout::kBroadcast : layout, other,
-                       kind == 1 ? layout : kLayouts[(turn / 3) % 5], activation,
-                       turn % 3 == 0 ? 4 : 1 + turn % 2, turn % 4 != 3, turn % 7 != 6, kind == 0},
+                       kind == 1 ? layout : kLayouts[(turn / 3) % 5], activation, turn % 3 == 0 ? 4 : 1 + turn % 2,
+                       turn % 4 != 3, turn % 7 != 6, kind == 0},
                       "image " + std::to_string(turn));
       }
   for (int32_t a = 0; a < kNumActivations; ++a)
     for (Layout layout : {Layout::kNhwc, Layout::kNchw, Layout::kGaps}) {
       if (suite.quick && layout != Layout::kNhwc) continue;
-      check_grad<T>(
-          suite,
-          {{2, 4, 4, 16}, layout, layout, layout, static_cast<Activation>(a), 2, true, true, false},
-          "activation " + std::to_string(a));
+      check_grad<T>(suite, {{2, 4, 4, 16}, layout, layout, layout, static_cast<Activation>(a), 2, true, true, false},
+                    "activation " + std::to_string(a));
     }
 }
 
 // Enough items for several chunks: exact sums, and the same bits for any number of workers.
 void chunks(Suite& suite) {
   if (suite.quick) return;
-  for (const Extents& extents :
-       {Extents{6, 13, 31, 3}, Extents{6, 16, 32, 8}, Extents{2, 40, 52, 24}})
+  for (const Extents& extents : {Extents{6, 13, 31, 3}, Extents{6, 16, 32, 8}, Extents{2, 40, 52, 24}})
     for (Layout layout : {Layout::kNhwc, Layout::kNchw, Layout::kGaps}) {
-      const GradCase whole = {extents, layout, layout, layout, Activation::kRelu,
-                              2,       true,   true,   true};
+      const GradCase whole = {extents, layout, layout, layout, Activation::kRelu, 2, true, true, true};
       check_grad<float>(suite, whole, "chunks");
       check_grad<BFloat16>(suite, whole, "chunks bf16");
       GradCase rough = whole;
@@ -314,8 +300,7 @@ void corners(Suite& suite) {
   p.grad_output = grad.data(), p.saved = saved.data(), p.grad = out.data();
   p.grad_output_stride = p.saved_stride = p.grad_stride = grad.stride;
   p.activation = Activation::kRelu, p.grad_bias = sums.data();
-  Buffer<unsigned char> workspace =
-      poisoned<unsigned char>(static_cast<int64_t>(activation_grad_workspace(p)));
+  Buffer<unsigned char> workspace = poisoned<unsigned char>(static_cast<int64_t>(activation_grad_workspace(p)));
   suite.launched("masked", activation_grad(p, workspace.data(), nullptr));
   suite.exact("masked", sums, std::vector<double>{0, HUGE_VAL, 0, HUGE_VAL});
   poison(sums);
@@ -340,11 +325,9 @@ void for_dtypes(Suite& suite, const char* name, F&& f) {
 
 int main(int argc, char** argv) {
   Suite suite(argc, argv);
-  for_dtypes(suite, "bias and activation",
-             [&](auto tag) { bias_all<typename decltype(tag)::type>(suite); });
+  for_dtypes(suite, "bias and activation", [&](auto tag) { bias_all<typename decltype(tag)::type>(suite); });
   for_dtypes(suite, "NaN", [&](auto tag) { nan_through<typename decltype(tag)::type>(suite); });
-  for_dtypes(suite, "gradient and sums",
-             [&](auto tag) { grad_all<typename decltype(tag)::type>(suite); });
+  for_dtypes(suite, "gradient and sums", [&](auto tag) { grad_all<typename decltype(tag)::type>(suite); });
   suite.group("chunks"), chunks(suite);
   suite.group("corners"), corners(suite);
   return suite.finish();

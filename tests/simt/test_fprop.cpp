@@ -16,12 +16,9 @@ using fbc::test::GradientCase;
 using fbc::test::Suite;
 using std::string;
 
-constexpr WeightSource kSources[] = {WeightSource::kGiven, WeightSource::kCooperative,
-                                     WeightSource::kPrivate};
+constexpr WeightSource kSources[] = {WeightSource::kGiven, WeightSource::kCooperative, WeightSource::kPrivate};
 const char* name_of(WeightSource source) {
-  return source == WeightSource::kGiven         ? "given"
-         : source == WeightSource::kCooperative ? "cooperative"
-                                                : "private";
+  return source == WeightSource::kGiven ? "given" : source == WeightSource::kCooperative ? "cooperative" : "private";
 }
 
 // Beside the shapes of the gradients: sizes around this kernel's tiles and steps.
@@ -54,9 +51,7 @@ struct TileCase {
 std::vector<TileCase> tile_cases() {
   const TileKind large = TileKind::kLarge, tall = TileKind::kTall, small = TileKind::kSmall;
   return {
-      {{"128 x 128 tiles", 1, 8, 13, 10, 100, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 60, true},
-       large,
-       tall},
+      {{"128 x 128 tiles", 1, 8, 13, 10, 100, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 60, true}, large, tall},
       {{"256 x 64 tiles", 1, 8, 13, 20, 33, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 60, true}, tall, tall},
       {{"narrow c3", 1, 3, 13, 10, 70, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 60, true}, tall, small},
       {{"narrow c5", 1, 5, 13, 20, 33, 3, 2, 1, 1, 1, 1, 0, 1, 1, 1, 1, 60, true}, tall, small},
@@ -100,20 +95,18 @@ void check_exact(Suite& suite, const GradientCase& c) {
     suite.exact(what, forward.output.values(), want);
     if (source == WeightSource::kGiven) continue;
     suite.same_bits(what + ", kept", forward.kept, forward.given);
-    suite.expect(forward.kl[0] == 0.0f, "%s: KL of a point mass %g", what.c_str(),
-                 double{forward.kl[0]});
+    suite.expect(forward.kl[0] == 0.0f, "%s: KL of a point mass %g", what.c_str(), double{forward.kl[0]});
   }
 }
 
 // Absolute error allowed: of the float32 sums, and of one rounding to T.
 template <typename T>
 std::vector<double> tolerance(const Forward<T>& forward) {
-  const double columns =
-      static_cast<double>(forward.shape.R * forward.shape.S * forward.shape.channels_per_group());
+  const double columns = static_cast<double>(forward.shape.R * forward.shape.S * forward.shape.channels_per_group());
   std::vector<double> allowed;
   for (size_t i = 0; i < forward.want.size(); ++i) {
-    allowed.push_back(forward.bound[i] * (columns + 2) * 0x1p-24 +
-                      std::fabs(forward.want[i]) * fbc::test::kUlp<T> + 0x1p-24);
+    allowed.push_back(forward.bound[i] * (columns + 2) * 0x1p-24 + std::fabs(forward.want[i]) * fbc::test::kUlp<T> +
+                      0x1p-24);
   }
   return allowed;
 }
@@ -134,8 +127,7 @@ void check_replayed(Suite& suite, const GradientCase& c, const ForwardLayout& la
     suite.same_bits(what + ", against given", forward.output.memory, first);
     suite.same_bits(what + ", kept", forward.kept, forward.given);
     const double got = double{forward.kl[0]}, want = forward.want_kl();
-    suite.expect(std::fabs(got - want) <= 4e-6 * std::fabs(want), "%s: KL %.9g, want %.9g",
-                 what.c_str(), got, want);
+    suite.expect(std::fabs(got - want) <= 4e-6 * std::fabs(want), "%s: KL %.9g, want %.9g", what.c_str(), got, want);
   }
 }
 
@@ -161,8 +153,8 @@ void check_tile(Suite& suite, const TileCase& c) {
     forward.weight.source = source;
     const TileKind got = fbc::cuda::plan_fprop(forward.params, forward.weight).tile;
     const TileKind want = source == WeightSource::kPrivate ? c.sampled : c.stored;
-    suite.expect(got == want, "%s, %s: tile %d, want %d", c.shape.name, name_of(source),
-                 static_cast<int>(got), static_cast<int>(want));
+    suite.expect(got == want, "%s, %s: tile %d, want %d", c.shape.name, name_of(source), static_cast<int>(got),
+                 static_cast<int>(want));
   }
 }
 
@@ -177,18 +169,17 @@ void check_split(Suite& suite, const SplitCase& c) {
   for (const WeightSource source : kSources) {
     forward.weight.source = source;
     const fbc::cuda::FpropPlan plan = fbc::cuda::plan_fprop(forward.params, forward.weight);
-    suite.expect(plan.splits == want, "%s, %s: %d splits, want %d", c.shape.name, name_of(source),
-                 plan.splits, want);
+    suite.expect(plan.splits == want, "%s, %s: %d splits, want %d", c.shape.name, name_of(source), plan.splits, want);
     const bool tile_matters = source == WeightSource::kPrivate && want > 1;
     suite.expect(!tile_matters || plan.tile == c.sampled, "%s: tile %d, want %d", c.shape.name,
                  static_cast<int>(plan.tile), static_cast<int>(c.sampled));
     const size_t bytes = fbc::cuda::fprop_workspace(forward.params, forward.weight);
-    suite.expect(want > 1 || source != WeightSource::kGiven || bytes == 0,
-                 "%s: %zu bytes of workspace", c.shape.name, bytes);
+    suite.expect(want > 1 || source != WeightSource::kGiven || bytes == 0, "%s: %zu bytes of workspace", c.shape.name,
+                 bytes);
     fbc::cuda::FpropParams off = forward.params;
     off.input = static_cast<const T*>(off.input) + 1;
-    suite.expect(fbc::cuda::fprop_workspace(off, forward.weight) == bytes,
-                 "%s: the workspace depends on the alignment", c.shape.name);
+    suite.expect(fbc::cuda::fprop_workspace(off, forward.weight) == bytes, "%s: the workspace depends on the alignment",
+                 c.shape.name);
   }
 }
 
@@ -203,8 +194,7 @@ void check_again(Suite& suite, const GradientCase& c) {
     auto workspace = fbc::test::poisoned<unsigned char>(static_cast<int64_t>(bytes));
     for (int i = 0; i < 2; ++i) {
       fbc::test::poison(forward.output.memory);
-      suite.launched(c.name,
-                     fbc::cuda::fprop(forward.params, forward.weight, workspace.data(), nullptr));
+      suite.launched(c.name, fbc::cuda::fprop(forward.params, forward.weight, workspace.data(), nullptr));
       suite.same_bits(string(c.name) + ", again, " + name_of(source), forward.output.memory, first);
     }
   }
@@ -220,8 +210,7 @@ void check_ranges(Suite& suite) {
         const fbc::cuda::StepRange range = fbc::cuda::split_range(steps, splits, i);
         const int32_t count = range.end - range.begin;
         suite.expect(range.begin == end && count >= steps / splits && count <= steps / splits + 1,
-                     "%d steps, split %d of %d: [%d, %d)", steps, i, splits, range.begin,
-                     range.end);
+                     "%d steps, split %d of %d: [%d, %d)", steps, i, splits, range.begin, range.end);
         end = range.end;
       }
       suite.expect(end == steps, "%d steps, %d splits end at %d", steps, splits, end);
@@ -231,8 +220,8 @@ void check_ranges(Suite& suite) {
     for (const int64_t steps : {1, 15, 16, 144, 784}) {
       const int64_t splits = fbc::cuda::split_count(tiles, steps);
       suite.expect(splits >= 1 && (splits == 1 || (splits * tiles <= 132 && splits * 8 <= steps)),
-                   "%d tiles of %d steps: %d splits", static_cast<int>(tiles),
-                   static_cast<int>(steps), static_cast<int>(splits));
+                   "%d tiles of %d steps: %d splits", static_cast<int>(tiles), static_cast<int>(steps),
+                   static_cast<int>(splits));
     }
   }
 }
@@ -275,8 +264,7 @@ void check_schedules(Suite& suite, const GradientCase& c) {
     settings.seed = 16 * seed + i;
     if (!suite.launched(c.name, forward.run(WeightSource::kCooperative))) continue;
     if (first.empty()) first = forward.output.memory;
-    suite.same_bits(string(c.name) + ", schedule " + std::to_string(settings.seed),
-                    forward.output.memory, first);
+    suite.same_bits(string(c.name) + ", schedule " + std::to_string(settings.seed), forward.output.memory, first);
   }
   settings.seed = seed;
   settings.resident_blocks = 6;
@@ -311,12 +299,9 @@ int main(int argc, char** argv) {
   if (!suite.quick) {
     check_residency<float>(suite, splits[7].shape);
     const int64_t draws = 4;
-    check_schedules<float>(
-        suite, {"70 pixels", 1, 64, 7, 10, 24, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, draws, true});
+    check_schedules<float>(suite, {"70 pixels", 1, 64, 7, 10, 24, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, draws, true});
   }
-  check_residency<fbc::BFloat16>(
-      suite, {"72 filters", 2, 24, 7, 6, 72, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2});
-  check_residency<float>(suite,
-                         {"5 draws", 1, 8, 9, 8, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 5, true});
+  check_residency<fbc::BFloat16>(suite, {"72 filters", 2, 24, 7, 6, 72, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2});
+  check_residency<float>(suite, {"5 draws", 1, 8, 9, 8, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 5, true});
   return suite.finish();
 }

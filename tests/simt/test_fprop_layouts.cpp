@@ -20,8 +20,7 @@ using fbc::test::GradientCase;
 using fbc::test::Suite;
 using std::string;
 
-constexpr WeightSource kSources[] = {WeightSource::kGiven, WeightSource::kCooperative,
-                                     WeightSource::kPrivate};
+constexpr WeightSource kSources[] = {WeightSource::kGiven, WeightSource::kCooperative, WeightSource::kPrivate};
 
 // Shapes whose filters have 4n, 4n + 2 and odd numbers of elements, one and several groups and
 // draws.
@@ -78,8 +77,7 @@ template <typename T>
 std::vector<double> tolerance(const Forward<T>& forward, const std::vector<double>& want) {
   std::vector<double> allowed;
   for (size_t i = 0; i < want.size(); ++i) {
-    allowed.push_back(forward.bound[i] * 160 * 0x1p-24 + 0x1p-24 +
-                      std::fabs(want[i]) * fbc::test::kUlp<T>);
+    allowed.push_back(forward.bound[i] * 160 * 0x1p-24 + 0x1p-24 + std::fabs(want[i]) * fbc::test::kUlp<T>);
   }
   return allowed;
 }
@@ -90,15 +88,12 @@ void check_layout(Suite& suite, const GradientCase& c, const NamedLayout& l) {
   const std::vector<double> allowed = tolerance(forward, forward.want);
   fbc::test::Buffer<T> first;
   for (const WeightSource source : kSources) {
-    const string what =
-        string(c.name) + ", " + l.name + ", source " + std::to_string(static_cast<int>(source));
+    const string what = string(c.name) + ", " + l.name + ", source " + std::to_string(static_cast<int>(source));
     if (!suite.launched(what.c_str(), forward.run(source))) continue;
     suite.bounded(what, forward.output.values(), forward.want, allowed, 1.0);
-    suite.expect(forward.gaps_untouched(forward.output), "%s: wrote between elements",
-                 what.c_str());
+    suite.expect(forward.gaps_untouched(forward.output), "%s: wrote between elements", what.c_str());
     if (l.layout.pre_activation) {
-      suite.exact(what + ", pre-activation", forward.pre_activation.values(),
-                  forward.output.values());
+      suite.exact(what + ", pre-activation", forward.pre_activation.values(), forward.output.values());
     }
     if (source == WeightSource::kGiven) {
       first = forward.output.memory;
@@ -107,8 +102,7 @@ void check_layout(Suite& suite, const GradientCase& c, const NamedLayout& l) {
     suite.same_bits(what + ", against given", forward.output.memory, first);
     if (l.layout.kept) suite.same_bits(what + ", kept", forward.kept, forward.given);
     const double got = double{forward.kl[0]}, want = forward.want_kl();
-    suite.expect(std::fabs(got - want) <= 4e-6 * std::fabs(want), "%s: KL %.9g, want %.9g",
-                 what.c_str(), got, want);
+    suite.expect(std::fabs(got - want) <= 4e-6 * std::fabs(want), "%s: KL %.9g, want %.9g", what.c_str(), got, want);
   }
 }
 
@@ -151,23 +145,20 @@ void check_bad_prior(Suite& suite) {
   for (const WeightSource source : {WeightSource::kCooperative, WeightSource::kPrivate}) {
     suite.launched("bad prior", forward.run(source));
     suite.expect(std::isnan(forward.kl[0]), "KL %g, want NaN", double{forward.kl[0]});
-    suite.bounded("output", forward.output.values(), forward.want, tolerance(forward, forward.want),
-                  1.0);
+    suite.bounded("output", forward.output.values(), forward.want, tolerance(forward, forward.want), 1.0);
   }
 }
 
 // ResNet-18 for small images, and what is at its edges.
 void check_choices(Suite& suite) {
   suite.group("choices");
-  const auto shape = [](int64_t N, int64_t C, int64_t extent, int64_t K, int64_t filter,
-                        int64_t draws) {
-    return fbc::test::shape_of({"", N, C, extent, extent, K, filter, filter, 1, 1, filter / 2,
-                                filter / 2, filter / 2, filter / 2, 1, 1, 1, draws});
+  const auto shape = [](int64_t N, int64_t C, int64_t extent, int64_t K, int64_t filter, int64_t draws) {
+    return fbc::test::shape_of({"", N, C, extent, extent, K, filter, filter, 1, 1, filter / 2, filter / 2, filter / 2,
+                                filter / 2, 1, 1, 1, draws});
   };
   const auto expect = [&](const char* what, const ConvShape& s, WeightSource want) {
     const WeightSource got = fbc::cuda::best_source(s);
-    suite.expect(got == want, "%s: source %d, want %d", what, static_cast<int>(got),
-                 static_cast<int>(want));
+    suite.expect(got == want, "%s: source %d, want %d", what, static_cast<int>(got), static_cast<int>(want));
   };
   expect("64>64@32, 128 rows", shape(128, 64, 32, 64, 3, 1), WeightSource::kCooperative);
   expect("512>512@4, 8 rows", shape(8, 512, 4, 512, 3, 1), WeightSource::kPrivate);

@@ -23,8 +23,7 @@ void test_poison(Suite& suite) {
   suite.group("shared memory is poisoned");
   for (const int bytes : {1, 1000, 4096, 99 << 10}) {
     auto got = test::poisoned<int32_t>(5 * 64);
-    suite.launched("poison", gpu::launch(poison_kernel, 5, 64, static_cast<size_t>(bytes), nullptr,
-                                         got.data(), bytes));
+    suite.launched("poison", gpu::launch(poison_kernel, 5, 64, static_cast<size_t>(bytes), nullptr, got.data(), bytes));
     suite.exact(std::to_string(bytes) + " bytes", got, Buffer<int32_t>(5 * 64, 0));
   }
 }
@@ -65,8 +64,7 @@ void test_schedules(Suite& suite) {
     simt::settings().seed = seed;
     Buffer<uint32_t> counter(1, 0);
     auto out = test::poisoned<int32_t>(6 * 64);
-    suite.launched("order",
-                   gpu::launch(order_kernel, 6, 64, 0, nullptr, counter.data(), out.data()));
+    suite.launched("order", gpu::launch(order_kernel, 6, 64, 0, nullptr, counter.data(), out.data()));
     return out;
   };
   suite.expect(order(0) == order(0), "seed 0 is not repeatable");
@@ -99,8 +97,7 @@ bool sums_are_right(int blocks, uint64_t data_seed) {
     for (size_t k = 0; k < 64; ++k) want[i] += in[i / 64 * 64 + k];
   }
   const auto grid = static_cast<unsigned>(blocks);
-  return gpu::launch(sum_kernel, grid, 64, 256, nullptr, in.data(), got.data(), -1) == 0 &&
-         got == want;
+  return gpu::launch(sum_kernel, grid, 64, 256, nullptr, in.data(), got.data(), -1) == 0 && got == want;
 }
 void test_threads(Suite& suite) {
   suite.group("launches at once");
@@ -109,8 +106,7 @@ void test_threads(Suite& suite) {
   for (uint64_t t = 0; t < 4; ++t) {
     threads.emplace_back([&right, t] {
       bool all = true;
-      for (uint64_t i = 0; i < 10; ++i)
-        all = sums_are_right(1 + static_cast<int>(i), 100 * t + i) && all;
+      for (uint64_t i = 0; i < 10; ++i) all = sums_are_right(1 + static_cast<int>(i), 100 * t + i) && all;
       right[t] = all;
     });
   }
@@ -135,9 +131,8 @@ void test_failures(Suite& suite) {
   suite.expect(sum(3, 1025, 256, -1) == 9, "too many threads");
   suite.expect(sum(dim3(1, 65536), 64, 256, -1) == 9, "too many blocks in y");
   suite.expect(sum(3, 64, (99 << 10) + 1, -1) == 1, "too much shared memory");
-  suite.expect(
-      gpu::launch_cooperative(sum_kernel, 1000, 64, 256, nullptr, in.data(), out.data(), -1) == 720,
-      "more blocks than fit at once");
+  suite.expect(gpu::launch_cooperative(sum_kernel, 1000, 64, 256, nullptr, in.data(), out.data(), -1) == 720,
+               "more blocks than fit at once");
   simt::settings().exit_on_failure = true;
 }
 

@@ -45,8 +45,7 @@ void test_load_matrices(Suite& suite) {
       }
     }
     const auto kernel = transposed ? load_matrices_kernel<true> : load_matrices_kernel<false>;
-    suite.launched("load_matrices",
-                   gpu::launch(kernel, 1, 32, 512, nullptr, in.data(), place.data(), got.data()));
+    suite.launched("load_matrices", gpu::launch(kernel, 1, 32, 512, nullptr, in.data(), place.data(), got.data()));
     suite.exact(transposed ? "transposed" : "plain", got, want);
   }
 }
@@ -97,12 +96,11 @@ double tf32_of(double value) {
 template <typename T>
 void test_mma(Suite& suite, const char* name, bool whole) {
   const size_t depth = sizeof(T) == 4 ? 8 : 16;
-  auto a = whole ? test::integers<T>(16 * depth, -8, 8, suite.random)
-                 : test::uniforms<T>(16 * depth, -2, 2, suite.random);
-  auto b = whole ? test::integers<T>(8 * depth, -8, 8, suite.random)
-                 : test::uniforms<T>(8 * depth, -2, 2, suite.random);
-  auto c = whole ? test::integers<float>(128, -99, 99, suite.random)
-                 : test::uniforms<float>(128, -9, 9, suite.random);
+  auto a =
+      whole ? test::integers<T>(16 * depth, -8, 8, suite.random) : test::uniforms<T>(16 * depth, -2, 2, suite.random);
+  auto b =
+      whole ? test::integers<T>(8 * depth, -8, 8, suite.random) : test::uniforms<T>(8 * depth, -2, 2, suite.random);
+  auto c = whole ? test::integers<float>(128, -99, 99, suite.random) : test::uniforms<float>(128, -9, 9, suite.random);
   std::vector<double> want(128), bound(128);
   for (size_t m = 0; m < 16; ++m) {
     for (size_t n = 0; n < 8; ++n) {
@@ -146,9 +144,8 @@ FBC_KERNEL(32, 1) void convert_kernel(const float* in, uint32_t* out, int32_t co
 void test_conversions(Suite& suite) {
   suite.group("conversions");
   Buffer<float> in = test::uniforms<float>(500, -4, 4, suite.random);
-  for (const float x :
-       {0.0f, 1.0f, 1.00390625f, 1.01171875f, 1.00048828125f, 1.0009765625f + 0x1p-11f, 65519.0f,
-        65520.0f, 3e38f, 6e-8f, 1e-40f, HUGE_VALF}) {
+  for (const float x : {0.0f, 1.0f, 1.00390625f, 1.01171875f, 1.00048828125f, 1.0009765625f + 0x1p-11f, 65519.0f,
+                        65520.0f, 3e38f, 6e-8f, 1e-40f, HUGE_VALF}) {
     in.push_back(x);
     in.push_back(-x);
   }
@@ -160,12 +157,12 @@ void test_conversions(Suite& suite) {
     const auto pair = [](auto x, auto y) { return x.bits | uint32_t{y.bits} << 16; };
     want[3 * i] = pair(test::from_double<BFloat16>(low), test::from_double<BFloat16>(high));
     want[3 * i + 1] = pair(test::from_double<Half>(low), test::from_double<Half>(high));
-    want[3 * i + 2] = float_to_bits(
-        std::isinf(low) ? low : static_cast<float>(std::fabs(low) < 1e-37 ? low : tf32_of(low)));
+    want[3 * i + 2] =
+        float_to_bits(std::isinf(low) ? low : static_cast<float>(std::fabs(low) < 1e-37 ? low : tf32_of(low)));
     if (std::fabs(low) < 1e-37) want[3 * i + 2] = (want[3 * i + 2] + 0x1000u) & 0xffffe000u;
   }
-  suite.launched("convert", gpu::launch(convert_kernel, 1, 32, 0, nullptr, in.data(), got.data(),
-                                        static_cast<int32_t>(count)));
+  suite.launched("convert",
+                 gpu::launch(convert_kernel, 1, 32, 0, nullptr, in.data(), got.data(), static_cast<int32_t>(count)));
   suite.exact("pack and round", got, want);
 }
 

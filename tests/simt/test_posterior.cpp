@@ -33,10 +33,8 @@ int run_sample(const std::vector<SampleEntry<T>>& entries) {
 }
 
 template <typename T, typename Out>
-void check_sample(Suite& suite, Subject<T>& subject, Layout out_layout, int64_t num_samples,
-                  const std::string& name) {
-  Tensor<Out> out(subject.shape, out_layout, num_samples),
-      want(subject.shape, out_layout, num_samples);
+void check_sample(Suite& suite, Subject<T>& subject, Layout out_layout, int64_t num_samples, const std::string& name) {
+  Tensor<Out> out(subject.shape, out_layout, num_samples), want(subject.shape, out_layout, num_samples);
   Buffer<T> kl = test::poisoned<T>(1);
   suite.launched("sample", run_sample<T>({entry_for(subject, &out, num_samples, kl.data())}));
   for (int64_t s = 0; s < num_samples; ++s)
@@ -61,8 +59,8 @@ void sample_layouts(Suite& suite, const std::vector<Shape>& shapes) {
   for (const Shape& shape : shapes)
     for (Layout layout : kLayouts)
       for (Layout out : {Layout::kKrsc, Layout::kKcrs, layout}) {
-        const uint64_t offset = std::vector<uint64_t>{
-            0, 4, 1, 0, 2, (uint64_t{1} << 34) + 3}[static_cast<size_t>(turn++ % 6)];
+        const uint64_t offset =
+            std::vector<uint64_t>{0, 4, 1, 0, 2, (uint64_t{1} << 34) + 3}[static_cast<size_t>(turn++ % 6)];
         const auto prior = static_cast<Prior>(turn % 3);
         Subject<T> subject(shape, layout, prior, offset, suite.random);
         check_sample<T, Out>(suite, subject, out, 1 + turn % 3,
@@ -96,8 +94,8 @@ void check_same_list(Suite& suite, std::vector<std::unique_ptr<Subject<T>>>& sub
   for (size_t i = 0; i < count; ++i) {
     suite.launched("alone", run_sample<T>({entry_for(*subjects[i], &second[i], 1, &alone[i])}));
     suite.same_bits("sample " + std::to_string(i), first[i].memory, second[i].memory);
-    suite.close("kl " + std::to_string(i), std::vector<T>{alone[i]},
-                std::vector<double>{subjects[i]->kl()}, sizeof(T) == 8 ? 1e-12 : 1e-6);
+    suite.close("kl " + std::to_string(i), std::vector<T>{alone[i]}, std::vector<double>{subjects[i]->kl()},
+                sizeof(T) == 8 ? 1e-12 : 1e-6);
   }
 #if !defined(__CUDACC__)
   simt::settings().workers = 0;
@@ -110,8 +108,7 @@ void lists(Suite& suite) {
     std::vector<std::unique_ptr<Subject<float>>> subjects;
     for (int i = 0; i < count; ++i) {
       const Shape shape = i == 1 ? Shape{73, 3, 3, 20} : Shape{1 + i % 5, 1 + i % 2, 3, 1 + i % 7};
-      subjects.push_back(std::make_unique<Subject<float>>(shape, kLayouts[i % 4],
-                                                          static_cast<Prior>(i % 3),
+      subjects.push_back(std::make_unique<Subject<float>>(shape, kLayouts[i % 4], static_cast<Prior>(i % 3),
                                                           static_cast<uint64_t>(i), suite.random));
       if (i % 6 == 5) subjects.back()->params.rho = nullptr;  // point mass
     }
@@ -122,25 +119,21 @@ void lists(Suite& suite) {
 void corners(Suite& suite) {
   Subject<float> subject({3, 2, 2, 4}, Layout::kKrsc, Prior::kNumbers, 0, suite.random);
   Buffer<float> kl = test::poisoned<float>(1);
-  suite.launched("only kl",
-                 run_sample<float>({entry_for<float, float>(subject, nullptr, 1, kl.data())}));
+  suite.launched("only kl", run_sample<float>({entry_for<float, float>(subject, nullptr, 1, kl.data())}));
   suite.close("only kl", kl, std::vector<double>{subject.kl()}, 1e-6);
   Tensor<BFloat16> out(subject.shape, Layout::kKcrs, 2), want = out;
-  suite.launched("no kl",
-                 run_sample<float>({entry_for(subject, &out, 2, static_cast<float*>(nullptr))}));
+  suite.launched("no kl", run_sample<float>({entry_for(subject, &out, 2, static_cast<float*>(nullptr))}));
   for (int64_t i = 0; i < 2 * subject.shape.elements(); ++i)
-    want(i % subject.shape.elements(), i / subject.shape.elements()) = test::from_double<BFloat16>(
-        subject.weight(i % subject.shape.elements(), i / subject.shape.elements()));
+    want(i % subject.shape.elements(), i / subject.shape.elements()) =
+        test::from_double<BFloat16>(subject.weight(i % subject.shape.elements(), i / subject.shape.elements()));
   suite.same_bits("no kl", out.memory, want.memory);
   Subject<float> empty({0, 3, 3, 4}, Layout::kKrsc, Prior::kNumbers, 0, suite.random);
   test::poison(kl);
-  suite.launched("empty",
-                 run_sample<float>({entry_for<float, float>(empty, nullptr, 1, kl.data())}));
+  suite.launched("empty", run_sample<float>({entry_for<float, float>(empty, nullptr, 1, kl.data())}));
   suite.exact("kl of nothing", kl, std::vector<float>{0.0f});
   suite.expect(sample<float>(nullptr, 0, nullptr, nullptr) == 0, "no entries");
   subject.params.prior_scale_value = -1.0f;
-  suite.launched("bad prior",
-                 run_sample<float>({entry_for<float, float>(subject, nullptr, 1, kl.data())}));
+  suite.launched("bad prior", run_sample<float>({entry_for<float, float>(subject, nullptr, 1, kl.data())}));
   suite.expect(std::isnan(kl[0]), "a prior scale that is not positive shows as NaN");
   SampleEntry<float> wrong = entry_for(subject, &out, 1, static_cast<float*>(nullptr));
   wrong.sample_dtype = Dtype::kFloat64;
@@ -154,18 +147,14 @@ void noise(Suite& suite) {
   for (int64_t first : {int64_t{0}, int64_t{3}, int64_t{1} << 34})
     for (int64_t count : {0, 1, 4, 5, 1023, 1030}) {
       Buffer<float> out = test::poisoned<float>(count), want = out;
-      suite.launched("normals",
-                     normals(seed.data(), 5, Stream::kLocal, first, count, out.data(), nullptr));
+      suite.launched("normals", normals(seed.data(), 5, Stream::kLocal, first, count, out.data(), nullptr));
       for (int64_t i = 0; i < count; ++i)
-        want[static_cast<size_t>(i)] =
-            standard_normal(key, Stream::kLocal, static_cast<uint64_t>(first + i));
+        want[static_cast<size_t>(i)] = standard_normal(key, Stream::kLocal, static_cast<uint64_t>(first + i));
       suite.same_bits("normals", out, want);
       out = test::poisoned<float>(count);
-      suite.launched("signs",
-                     signs(seed.data(), 5, Stream::kSignInput, first, count, out.data(), nullptr));
+      suite.launched("signs", signs(seed.data(), 5, Stream::kSignInput, first, count, out.data(), nullptr));
       for (int64_t i = 0; i < count; ++i)
-        want[static_cast<size_t>(i)] =
-            random_sign(key, Stream::kSignInput, static_cast<uint64_t>(first + i));
+        want[static_cast<size_t>(i)] = random_sign(key, Stream::kSignInput, static_cast<uint64_t>(first + i));
       suite.same_bits("signs", out, want);
     }
   Buffer<int64_t> derived = test::poisoned<int64_t>(2 * 300), want = derived;
@@ -180,8 +169,7 @@ void noise(Suite& suite) {
   Buffer<int64_t> counter(4, 0xffffffff), words = test::poisoned<int64_t>(4);
   Buffer<int64_t> philox_key(2, 0xffffffff);
   suite.launched("philox", philox(counter.data(), philox_key.data(), 1, words.data(), nullptr));
-  suite.exact("philox", words,
-              std::vector<int64_t>{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
+  suite.exact("philox", words, std::vector<int64_t>{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
 }
 
 void scales(Suite& suite) {
@@ -202,14 +190,13 @@ void scales(Suite& suite) {
 void digits(Suite& suite) {
 #if !defined(__CUDACC__)
   for (const int64_t d3 : {1, 3, 7, 64, 2147483647}) {
-    for (const int64_t number : {int64_t{0}, int64_t{1}, int64_t{12345678}, kNarrow - 1,
-                                 kNarrow + 5, (int64_t{1} << 40) + 77}) {
+    for (const int64_t number :
+         {int64_t{0}, int64_t{1}, int64_t{12345678}, kNarrow - 1, kNarrow + 5, (int64_t{1} << 40) + 77}) {
       const int64_t outer = number / d3;
       if (outer / 15 >= kNarrow) continue;
       const Digits d = digits_of(make_radix(3, 5, d3, number < kNarrow), number);
-      suite.expect(
-          d.d3 == number % d3 && d.d2 == outer % 5 && d.d1 == outer / 5 % 3 && d.d0 == outer / 15,
-          "digits of %lld", static_cast<long long>(number));
+      suite.expect(d.d3 == number % d3 && d.d2 == outer % 5 && d.d1 == outer / 5 % 3 && d.d0 == outer / 15,
+                   "digits of %lld", static_cast<long long>(number));
     }
   }
 #else

@@ -111,8 +111,8 @@ void backward_layouts(Suite& suite, const std::vector<Shape>& shapes) {
       BackwardRun<T, Grad> run(subject, c, suite.random);
       const PosteriorGradEntry<T> entry = run.entry();
       suite.launched("backward", posterior_backward(&entry, 1, nullptr));
-      run.check(suite, "K" + std::to_string(shape.K) + " C" + std::to_string(shape.C) + " turn " +
-                           std::to_string(turn));
+      run.check(suite,
+                "K" + std::to_string(shape.K) + " C" + std::to_string(shape.C) + " turn " + std::to_string(turn));
     }
 }
 
@@ -126,8 +126,7 @@ void backward_lists(Suite& suite) {
       const Shape shape = i == 2 ? Shape{23, 3, 3, 12} : Shape{1 + i % 5, 1 + i % 2, 3, 1 + i % 7};
       subjects.push_back(std::make_unique<Subject<float>>(shape, kLayouts[i % 4], Prior::kNumbers,
                                                           static_cast<uint64_t>(i), suite.random));
-      const BackwardCase c = {Layout::kKrsc, Layout::kKrsc, 1 + i % 2, 1 + i % 3,
-                              false,         true,          false};
+      const BackwardCase c = {Layout::kKrsc, Layout::kKrsc, 1 + i % 2, 1 + i % 3, false, true, false};
       test::Random data(static_cast<uint64_t>(i)), again(static_cast<uint64_t>(i));
       together.push_back(std::make_unique<Run>(*subjects.back(), c, data));
       alone.push_back(std::make_unique<Run>(*subjects.back(), c, again));
@@ -151,23 +150,20 @@ void backward_corners(Suite& suite) {
   for (Layout layout : kLayouts) {
     Subject<float> subject({3, 3, 3, 8}, layout, Prior::kNumbers, 0, suite.random);
     subject.params.rho = nullptr;
-    BackwardRun<float, BFloat16> run(subject, {layout, layout, 2, 3, false, true, false},
-                                     suite.random);
+    BackwardRun<float, BFloat16> run(subject, {layout, layout, 2, 3, false, true, false}, suite.random);
     run.grad.fill_integers(8, suite.random, 6);
     PosteriorGradEntry<float> entry = run.entry();
     suite.launched("point mass", posterior_backward(&entry, 1, nullptr));
     Tensor<float> want(subject.shape, layout), untouched(subject.shape, layout);
     for (int64_t e = 0; e < subject.shape.elements(); ++e) {
       want(e) = 0;
-      for (int64_t j = 0; j < 6; ++j)
-        want(e) += static_cast<float>(test::as_double(run.grad(e, j)));
+      for (int64_t j = 0; j < 6; ++j) want(e) += static_cast<float>(test::as_double(run.grad(e, j)));
     }
     suite.same_bits("point mass", run.loc.memory, want.memory);
     suite.same_bits("no rho", run.rho.memory, untouched.memory);
   }
   Subject<float> subject({3, 3, 3, 8}, Layout::kKrsc, Prior::kNumbers, 0, suite.random);
-  BackwardRun<float, float> run(subject, {Layout::kKrsc, Layout::kKrsc, 1, 1, false, true, true},
-                                suite.random);
+  BackwardRun<float, float> run(subject, {Layout::kKrsc, Layout::kKrsc, 1, 1, false, true, true}, suite.random);
   PosteriorGradEntry<float> entry = run.entry();
   entry.grad_weight = nullptr;  // only the KL
   entry.seed = nullptr;

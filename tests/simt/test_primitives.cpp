@@ -26,8 +26,7 @@ void test_indices(Suite& suite) {
       for (int64_t i = 0; i < blocks * threads; ++i) {
         want[static_cast<size_t>(i)] = 5 + static_cast<int32_t>(i % threads);
       }
-      suite.launched("indices",
-                     gpu::launch(indices_kernel, grid, threads, 0, nullptr, got.data(), 5));
+      suite.launched("indices", gpu::launch(indices_kernel, grid, threads, 0, nullptr, got.data(), 5));
       suite.exact("indices " + std::to_string(blocks) + " x " + std::to_string(threads), got, want);
     }
   }
@@ -55,8 +54,7 @@ void test_shuffle(Suite& suite, const char* type) {
       want[static_cast<size_t>(mask * kThreads + i)] = in[static_cast<size_t>(i ^ mask)];
     }
   }
-  suite.launched(type,
-                 gpu::launch(shuffle_kernel<T>, 1, kThreads, 0, nullptr, in.data(), got.data()));
+  suite.launched(type, gpu::launch(shuffle_kernel<T>, 1, kThreads, 0, nullptr, in.data(), got.data()));
   suite.exact(type, got, want);
 }
 
@@ -96,8 +94,7 @@ void test_barriers(Suite& suite) {
   auto got = test::poisoned<int32_t>(kBlocks);
   Buffer<int32_t> want(kBlocks, 0);
   for (size_t i = 0; i < in.size(); ++i) want[i / 256] += in[i];
-  suite.launched("tree",
-                 gpu::launch(tree_kernel, kBlocks, 256, 1024, nullptr, in.data(), got.data()));
+  suite.launched("tree", gpu::launch(tree_kernel, kBlocks, 256, 1024, nullptr, in.data(), got.data()));
   suite.exact("tree", got, want);
   auto reversed = test::poisoned<int32_t>(64);
   Buffer<int32_t> expected(64);
@@ -119,8 +116,8 @@ void copy_kernel(const unsigned char* in, const int32_t* valid, unsigned char* o
   const auto issue = [&](int step) {
     if (step < kSteps) {
       const int chunk = step * kThreads + i;
-      gpu::copy_async<kBytes>(memory + (step % kStages * kThreads + i) * kBytes,
-                              in + chunk * kBytes, valid[chunk] != 0);
+      gpu::copy_async<kBytes>(memory + (step % kStages * kThreads + i) * kBytes, in + chunk * kBytes,
+                              valid[chunk] != 0);
     }
     gpu::copy_commit();
   };
@@ -131,8 +128,7 @@ void copy_kernel(const unsigned char* in, const int32_t* valid, unsigned char* o
     issue(step + kStages - 1);
     const int neighbour = (i + 1) % kThreads;
     for (int b = 0; b < kBytes; ++b) {
-      out[(step * kThreads + i) * kBytes + b] =
-          memory[(step % kStages * kThreads + neighbour) * kBytes + b];
+      out[(step * kThreads + i) * kBytes + b] = memory[(step % kStages * kThreads + neighbour) * kBytes + b];
     }
   }
   gpu::copy_wait<0>();
@@ -152,9 +148,8 @@ void test_copy(Suite& suite) {
     }
   }
   const std::string name = "copies of " + std::to_string(kBytes);
-  suite.launched(name.c_str(),
-                 gpu::launch(copy_kernel<kBytes>, 1, kThreads, kStages * kThreads * kBytes, nullptr,
-                             in.data(), valid.data(), got.data()));
+  suite.launched(name.c_str(), gpu::launch(copy_kernel<kBytes>, 1, kThreads, kStages * kThreads * kBytes, nullptr,
+                                           in.data(), valid.data(), got.data()));
   suite.exact(name, got, want);
 }
 
@@ -206,9 +201,8 @@ void test_tickets(Suite& suite) {
     auto partial = test::poisoned<int32_t>(blocks * 64), got = test::poisoned<int32_t>(64);
     Buffer<int32_t> want(64, 0);
     for (size_t i = 0; i < in.size(); ++i) want[i % 64] += 3 * in[i];
-    suite.launched("ticket",
-                   gpu::launch(ticket_kernel, static_cast<unsigned>(blocks), 64, 16, nullptr,
-                               in.data(), partial.data(), ticket.data(), got.data()));
+    suite.launched("ticket", gpu::launch(ticket_kernel, static_cast<unsigned>(blocks), 64, 16, nullptr, in.data(),
+                                         partial.data(), ticket.data(), got.data()));
     suite.exact("sum of " + std::to_string(blocks) + " blocks", got, want);
     suite.expect(ticket[0] == 0, "the ticket is %u after the launch", ticket[0]);
   }
@@ -234,8 +228,8 @@ void flags_kernel(const int32_t* in, int32_t* items, uint32_t* flag, int32_t* ou
 void test_flags(Suite& suite) {
   suite.group("flags and cooperative launches");
   int resident = 0;
-  suite.expect(gpu::resident_blocks(flags_kernel, 64, 0, &resident) == 0 && resident > 0,
-               "resident_blocks: %d", resident);
+  suite.expect(gpu::resident_blocks(flags_kernel, 64, 0, &resident) == 0 && resident > 0, "resident_blocks: %d",
+               resident);
   resident = std::min(resident, 16);
   for (int blocks = 1; blocks <= resident; blocks += 2) {
     constexpr int kItems = 13;
@@ -246,9 +240,8 @@ void test_flags(Suite& suite) {
     for (size_t j = 0; j < want.size(); ++j) {
       for (size_t item = 0; item < kItems; ++item) want[j] += in[item * 64 + (j % 64 ^ 1)] + 1;
     }
-    suite.launched("flags", gpu::launch_cooperative(flags_kernel, static_cast<unsigned>(blocks), 64,
-                                                    0, nullptr, in.data(), items.data(),
-                                                    flag.data(), got.data(), kItems));
+    suite.launched("flags", gpu::launch_cooperative(flags_kernel, static_cast<unsigned>(blocks), 64, 0, nullptr,
+                                                    in.data(), items.data(), flag.data(), got.data(), kItems));
     suite.exact(std::to_string(blocks) + " blocks", got, want);
   }
 }

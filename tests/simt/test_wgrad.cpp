@@ -47,9 +47,8 @@ struct Problem {
   }
   int64_t weights() const { return shape.K * shape.R * shape.S * shape.channels_per_group(); }
   float eps(int64_t draw, int64_t element) const {
-    const fbc::NoiseKey key = {
-        static_cast<uint64_t>(kSeed[0]),
-        static_cast<uint64_t>(kSeed[1]) + kOffset + static_cast<uint64_t>(draw)};
+    const fbc::NoiseKey key = {static_cast<uint64_t>(kSeed[0]),
+                               static_cast<uint64_t>(kSeed[1]) + kOffset + static_cast<uint64_t>(draw)};
     return fbc::standard_normal(key, fbc::Stream::kWeight,
                                 params.posterior.element_offset + static_cast<uint64_t>(element));
   }
@@ -75,8 +74,7 @@ struct Slabs {
   Buffer<float> plain, eps;
 };
 template <typename T>
-Slabs run(Suite& suite, const std::string& name, Problem<T>& problem, int64_t slabs,
-          bool with_eps) {
+Slabs run(Suite& suite, const std::string& name, Problem<T>& problem, int64_t slabs, bool with_eps) {
   const int64_t size = slabs * problem.weights();
   Slabs out = {fbc::test::poisoned<float>(size), fbc::test::poisoned<float>(with_eps ? size : 0)};
   problem.params.slabs = out.plain.data();
@@ -97,8 +95,8 @@ vector<double> sum_slabs(const Buffer<float>& slabs, int64_t weights) {
 
 // Whole numbers: sums of draws exactly, sums times eps to the rounding of their additions.
 template <typename T>
-void check(Suite& suite, const GradientCase& c, const Layout& layout, fbc::Dtype dtype,
-           int64_t slabs = 0, bool with_eps = true) {
+void check(Suite& suite, const GradientCase& c, const Layout& layout, fbc::Dtype dtype, int64_t slabs = 0,
+           bool with_eps = true) {
   Problem<T> problem(c, layout, dtype);
   problem.input.fill([&] { return static_cast<double>(suite.random.between(-3, 3)); });
   problem.grad.fill([&] { return static_cast<double>(suite.random.between(-3, 3)); });
@@ -120,9 +118,7 @@ void check(Suite& suite, const GradientCase& c, const Layout& layout, fbc::Dtype
   if (!draws) return;
   for (size_t e = 0; e < weights; ++e) {
     // A draw's product may be cut by slabs: |parts| are bounded by pixels * 9 of the draw.
-    bound[e] =
-        9.0 * static_cast<double>(problem.shape.output_rows() * problem.shape.P * problem.shape.Q) *
-        7.0;
+    bound[e] = 9.0 * static_cast<double>(problem.shape.output_rows() * problem.shape.P * problem.shape.Q) * 7.0;
   }
   suite.bounded(name + ", times eps", sum_slabs(got.eps, problem.weights()), want_eps, bound, 1e-7);
 }
@@ -154,9 +150,7 @@ void check_layouts(Suite& suite) {
   const Layout layouts[] = {{16, 8, 8, 16, 0}, {1, 0, 0, 0, 1}, {0, 0, 3, 0, 2},
                             {0, 1, 0, 3, 3},   {2, 1, 1, 1, 4}, {0, 0, 0, 0, 5}};
   for (const Layout& layout : layouts) {
-    for_each_type([&](auto tag, fbc::Dtype dtype) {
-      check<typename decltype(tag)::type>(suite, c, layout, dtype);
-    });
+    for_each_type([&](auto tag, fbc::Dtype dtype) { check<typename decltype(tag)::type>(suite, c, layout, dtype); });
   }
 }
 

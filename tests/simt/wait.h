@@ -37,14 +37,12 @@ inline void barrier(Site at) {
     Thread& t = enter(at);
     Block& b = *block;
     if (t.warp->arrived > 0) {
-      fail("lanes of this warp wait in %s, %s:%d", t.warp->at.operation, t.warp->at.file,
-           t.warp->at.line);
+      fail("lanes of this warp wait in %s, %s:%d", t.warp->at.operation, t.warp->at.file, t.warp->at.line);
     }
     if (b.at_barrier == 0) {
       b.barrier = at;
     } else if (!(b.barrier == at)) {
-      fail("divergent: other threads wait in %s, %s:%d", b.barrier.operation, b.barrier.file,
-           b.barrier.line);
+      fail("divergent: other threads wait in %s, %s:%d", b.barrier.operation, b.barrier.file, b.barrier.line);
     }
     token = &b.token[b.phase & 1];
     before_here(token);
@@ -67,8 +65,8 @@ inline void collective(Site at, void* argument, Execute execute) {
   Warp& w = *t.warp;
   if (w.live != 32) fail("%d lanes of the warp have returned or do not exist", 32 - w.live);
   if (w.at_barrier > 0)
-    fail("%d lanes of this warp wait in %s, %s:%d", w.at_barrier, block->barrier.operation,
-         block->barrier.file, block->barrier.line);
+    fail("%d lanes of this warp wait in %s, %s:%d", w.at_barrier, block->barrier.operation, block->barrier.file,
+         block->barrier.line);
   if (w.arrived == 0) {
     w.at = at;
   } else if (!(w.at == at)) {

@@ -25,10 +25,9 @@ enum Bug {
   kByBlocks,        // the result depends on the number of blocks
   kBugs
 };
-const char* const kNames[kBugs] = {
-    "none",         "never_released",   "not_awaited",  "released_early",  "read_early",
-    "ticket_early", "ticket_not_reset", "plain_launch", "too_many_blocks", "overlap",
-    "by_blocks"};
+const char* const kNames[kBugs] = {"none",         "never_released",   "not_awaited",  "released_early",  "read_early",
+                                   "ticket_early", "ticket_not_reset", "plain_launch", "too_many_blocks", "overlap",
+                                   "by_blocks"};
 constexpr int kThreads = 64;
 
 struct Rows {
@@ -80,8 +79,7 @@ void rows_kernel(FBC_PARAM Rows p) {
 template <Bug kBug>
 int launch_rows(const Rows& p) {
   int blocks = 0;
-  if (const int status = gpu::resident_blocks(rows_kernel<kBug>, kThreads, 16, &blocks))
-    return status;
+  if (const int status = gpu::resident_blocks(rows_kernel<kBug>, kThreads, 16, &blocks)) return status;
   if (blocks > p.count) blocks = p.count;
   if (kBug == kTooManyBlocks) blocks = 1000;
   const auto grid = static_cast<unsigned>(blocks);
@@ -107,8 +105,7 @@ void check(Suite& suite, int bug, int count, Buffer<uint32_t>& ticket) {
     want[i] = 3 * in[i] + (i >= kThreads ? want[i - kThreads] : 0);
     want_sum[i % kThreads] += want[i];
   }
-  const Rows p = {in.data(),   item.data(),   out.data(), sum.data(),
-                  flag.data(), ticket.data(), count};
+  const Rows p = {in.data(), item.data(), out.data(), sum.data(), flag.data(), ticket.data(), count};
   suite.launched("rows", launch_any(bug, p, std::make_integer_sequence<int, kBugs>()));
   suite.exact("out", out, want);
   suite.exact("sum", sum, want_sum);

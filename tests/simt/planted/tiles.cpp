@@ -68,15 +68,12 @@ struct Product {
 };
 
 template <Bug kBug>
-FBC_DEVICE void load_operand(const BFloat16* from, int rows, int first, int k, int K,
-                             unsigned char* tile) {
+FBC_DEVICE void load_operand(const BFloat16* from, int rows, int first, int k, int K, unsigned char* tile) {
   const int row = static_cast<int>(threadIdx.x) / kChunks;
   const int chunk = static_cast<int>(threadIdx.x) % kChunks;
   const int column = k + chunk * 8;
-  const bool valid =
-      (first + row < rows || (kBug == kReadPastEnd && first + row == rows)) && column < K;
-  const int offset =
-      kBug == kWrongSwizzle ? (row * kChunks + chunk) * 16 : chunk_offset<kChunks>(row, chunk);
+  const bool valid = (first + row < rows || (kBug == kReadPastEnd && first + row == rows)) && column < K;
+  const int offset = kBug == kWrongSwizzle ? (row * kChunks + chunk) * 16 : chunk_offset<kChunks>(row, chunk);
   const BFloat16* source = from + (first + row) * int64_t{K} + column + (kBug == kMisalignedCopy);
   gpu::copy_async<16>(tile + offset + (kBug == kCopyPastShared ? kSharedBytes : 0), source, valid);
 }
@@ -108,8 +105,7 @@ FBC_DEVICE float warp_sum(float value, int lane) {
 
 // acc -> the warp's 16 x 16 patch of shared memory -> c, a lane per half row.
 template <Bug kBug>
-FBC_DEVICE void store_tile(const Product& p, const float (&acc)[1][2][4], int m, int n, int warp,
-                           int lane) {
+FBC_DEVICE void store_tile(const Product& p, const float (&acc)[1][2][4], int m, int n, int warp, int lane) {
   auto* patch = reinterpret_cast<float*>(gpu::shared()) + warp * 256;
   for (int j = 0; j < 2; ++j) {
     for (int e = 0; e < 4; ++e) {
@@ -202,8 +198,7 @@ void check(Suite& suite, int bug, int M, int N, int K) {
     for (int n = 0; n < N; ++n) {
       double& sum = want[static_cast<size_t>(m * N + n)];
       for (int k = 0; k < K; ++k) {
-        sum += test::as_double(a[static_cast<size_t>(m * K + k)]) *
-               test::as_double(b[static_cast<size_t>(n * K + k)]);
+        sum += test::as_double(a[static_cast<size_t>(m * K + k)]) * test::as_double(b[static_cast<size_t>(n * K + k)]);
       }
       want_total[static_cast<size_t>(m / kTile * tiles_n + n / kTile)] += sum;
     }
