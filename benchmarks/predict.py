@@ -2,7 +2,8 @@
 
 Both sides average the probabilities of the same functions over the same images with the same
 layers: `predict` puts several functions into a pass, `passes` runs the model once for each under
-`fixed_sample`. They take turns in one process, in an order shuffled at every turn; the ratio is
+`fixed_sample`; `passes, no noise` runs it as often with mean weights, which tells what drawing the
+weights costs. They take turns in one process, in an order shuffled at every turn; the ratio is
 taken within each turn, and the time ends when the result has been released, as in `timer.py` of
 fastbconv/bench.
 
@@ -43,10 +44,19 @@ def passes(model: nn.Module, images: Tensor, num_samples: int) -> Tensor:
     return total / num_samples
 
 
+def mean_passes(model: nn.Module, images: Tensor, num_passes: int) -> Tensor:
+    """As many passes of the same layers, without noise."""
+    total = torch.zeros(())
+    with torch.no_grad(), fb.mean_weights(model):
+        for _ in range(num_passes):
+            total = total + model(images).double().softmax(1)
+    return total / num_passes
+
+
 def calls(
     model: nn.Module, images: Tensor, num_samples: int, together: list[int]
 ) -> dict[str, Callable[[], Tensor]]:
-    """What is timed, checked to agree."""
+    """What is timed; predictions are checked to agree."""
     made: dict[str, Callable[[], Tensor]] = {
         "passes": lambda: passes(model, images, num_samples),
         "predict": lambda: fb.predict(model, images, num_samples).mean,
@@ -59,6 +69,7 @@ def calls(
     expected = made["passes"]()
     for call in made.values():
         torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-6)
+    made["passes, no noise"] = lambda: mean_passes(model, images, num_samples)
     return made
 
 

@@ -59,6 +59,6 @@ def test_timing_of_predictions(tmp_path: Path) -> None:
     text = _run(tmp_path, script, *arguments, "--samples-per-pass", "2", "--threads", "1")
     assert "lenet5, batch 2, 4 samples" in text
     assert [line.split()[0] for line in text.splitlines() if "passes / this" in line] == [
-        *("passes", "predict", "predict,")
+        *("passes", "predict", "predict,", "passes,")
     ]
     assert _number(r"passes .* passes / this", text) == 1.0
