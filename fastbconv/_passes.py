@@ -3,15 +3,13 @@
 Note [Sharing is proved]. One pass for many functions, or over a part of the rows, gives what the
 model gives only where it treats the rows of its input alike. No model says so: rows may be another
 axis (``nn.LSTM``), two halves of a batch may belong together, a layer may be given something else
-than the batch. So ``predict`` tries: the first pass that several functions share has to return for
-the last but one of them what a pass of that one alone returns, and two rows have to give what each
-gives alone. Where they do not, functions get a pass each, and all rows of a tensor stay together.
-Not the first or the last function, because a model that reads but the last of its rows, or takes
-the last as a reference, gives the last function alone its due; nor the one in the middle, which a
-model that pairs rows from both ends pairs with itself: of two or three functions both ends are
-compared. And it proves nothing unless functions, or rows, differ by more than ``_APART`` times what
-was found between together and alone: what mixing two that hardly differ changes would pass for
-rounding.
+than the batch. So ``predict`` tries: the first pass that several functions share has to return what
+passes of the first and of the last of them alone return, and two rows have to give what each gives
+alone. Where they do not, functions get a pass each, and all rows of a tensor stay together. Both
+ends, because a model that reads but the last of its rows, or takes the last as a reference, gives
+the last function alone its due. And it proves nothing unless the two functions, or rows, differ by
+more than ``_APART`` times what was found between together and alone: what mixing two that hardly
+differ changes would pass for rounding.
 
 Note [What lasts]. A prediction leaves nothing behind in a model: its passes run on copies of the
 batch, which a model may change in place; collectors of a training step do not see them; and the
@@ -131,15 +129,18 @@ class Passes:
     ) -> tuple[tuple[Any] | None, dict[int, Any]]:
         """The output of one pass of several functions, in a tuple; None where they share none: then
         with what functions alone have returned on the way, by number."""
-        n = rows(batch)
+        n, last = rows(batch), first + count - 1
         alone: dict[int, Any] = {}
+        apart = math.inf
         if self.shares is None:
             # Before the shared pass, and copied: a CUDA graph of torch.compile writes over it.
-            for sample in _witnesses(count):
-                output = self._run(batch, first + sample, 1)
-                alone[first + sample] = tree_map_only(Tensor, torch.clone, output)
+            for sample in (first, last):
+                alone[sample] = tree_map_only(Tensor, torch.clone, self._run(batch, sample, 1))
             if not self.insists and any(_unfit(output, n, 1) for output in alone.values()):
                 self.shares = False
+                return None, alone
+            apart = self._distance(*alone.values())
+            if apart == 0.0 and not self.insists:  # asked again at the next batch
                 return None, alone
         called = set(self.called)
         failure: Exception | None = None
@@ -150,12 +151,12 @@ class Passes:
                 part = None if wrong else _part(output, sample - first, n)
                 wrong = wrong or self._difference(part, expected)
             if wrong is None:
-                apart, between = self._told_apart(output, alone, first, n)
-                if self.insists or apart > _APART * between:
-                    self.shares = None if apart == 0.0 else True
+                parts = [(_part(output, s - first, n), found) for s, found in alone.items()]
+                between = max((self._distance(*pair) for pair in parts), default=0.0)
+                proved = apart > _APART * between
+                if proved or self.insists:
+                    self.shares = True if apart > 0.0 else None
                     return (output,), {}
-                if apart == 0.0:  # asked again at the next batch
-                    return None, alone
         except Exception as error:  # whatever it is: if it is no matter of sharing, it comes again
             wrong = f"{type(error).__name__}: {error}"
             failure = error if self.insists else None  # holds the tensors of the pass
@@ -164,24 +165,12 @@ class Passes:
             self.shares = False
             return None, alone
         if not alone:
-            self._run(batch, first + count - 1, 1)
+            self._run(batch, last, 1)
         raise ValueError(
             f"samples_per_pass: expected a model that gives {count} functions in one pass over "
             f"{count} groups of {n} rows what it gives each, got {wrong}; use samples_per_pass=1 "
             "or None"
         ) from failure
-
-    def _told_apart(
-        self, output: Any, alone: dict[int, Any], first: int, n: int
-    ) -> tuple[float, float]:
-        """How far the functions of a pass are from one another, and from what they are alone."""
-        if not alone:
-            return math.inf, 0.0
-        parts = {sample: _part(output, sample - first, n) for sample in (first, *alone)}
-        return (
-            max(self._distance(parts[first], parts[sample]) for sample in alone),
-            max(self._distance(parts[sample], found) for sample, found in alone.items()),
-        )
 
     def _difference(self, got: Any, expected: Any) -> str | None:
         """What differs by more than rounding; None: nothing."""
@@ -304,11 +293,6 @@ class Passes:
             and isinstance(layer, BayesLayer | VariationalLayer)
         }
         return [name for name, module in self.model.named_modules() if module in left]
-
-
-def _witnesses(count: int) -> tuple[int, ...]:
-    """The functions of a pass that are run alone as well; see Note [Sharing is proved]."""
-    return (count - 2,) if count > 3 else (0, count - 1)
 
 
 def rows(batch: Any) -> int:

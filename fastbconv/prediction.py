@@ -100,14 +100,13 @@ def predict(
     call it meanwhile.
 
     Several functions share a pass (``weight_samples``) where the model treats the rows of its input
-    alike. That is tried: the first such pass has to return for its last function but one (its first
-    and its last, where it has less than four) what a pass of that one alone returns, to rounding
-    (64 machine epsilon of the largest value, or 4 of a dtype of 16 bits, or of TF32, on the way),
-    which costs that pass once for each prediction. Where
+    alike. That is tried: the first such pass has to return what passes of its first and its last
+    function alone return, to rounding (64 machine epsilon of the largest value, or 4 of a dtype of
+    16 bits, or of TF32, on the way), which costs those two passes once for each prediction. Where
     it does not (rows on another axis, as in ``nn.LSTM`` without ``batch_first``; halves of a batch
     that belong together; outputs that are no tensors with rows; random numbers of the model's own;
-    an error), or where the functions hardly differ, by less than four times what was found between
-    together and alone, every function gets a pass of its own. A compiled model is compiled
+    an error), or where the two functions hardly differ, by less than four times what was found
+    between together and alone, every function gets a pass of its own. A compiled model is compiled
     for each number of functions in a pass: for one, and for one or two others.
 
     Args:

@@ -63,11 +63,15 @@ class Prototypes(nn.Module):
         return x @ self.layer(self.queries).T
 
 
-class LastQuery(Prototypes):
-    """Likewise, and but the last row of what the layer gives is read."""
+class OneQuery(Prototypes):
+    """Likewise, and but one row of what the layer gives is read."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__()
+        self.row = row
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.layer(self.queries)[-1]
+        return x * self.layer(self.queries)[self.row]
 
 
 class TimeMajor(nn.Module):
@@ -116,7 +120,8 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
     "mirrored": Mirrored,
     "halves": Halves,
     "prototypes": Prototypes,
-    "last-query": LastQuery,
+    "last-query": lambda: OneQuery(-1),
+    "inner-query": lambda: OneQuery(5),
     "time-major": TimeMajor,
     "last-is-reference": lambda: Related(lambda hidden: hidden[-1:]),
     "first-is-reference": lambda: Related(lambda hidden: hidden[:1]),
@@ -188,7 +193,7 @@ def test_one_difference_from_its_first_batch_on_is_enough() -> None:
     seen = []
     model.register_forward_hook(lambda _m, _i, output: seen.append(len(output)))
     fb.predict(model, [torch.randn(3, 4)] * 2, 4, likelihood=logits)
-    assert seen == [1, 3, 12, 3, 3, 3, 3, 3, 3, 3]
+    assert seen == [1, 3, 3, 12, 3, 3, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("first", [0.0, float("nan")])
@@ -207,6 +212,15 @@ def test_rows_that_give_the_same_prove_nothing() -> None:
     x[:3] = x[0]
     got = fb.predict(model, x, 2, likelihood=logits, keep_samples=True, memory=1)
     assert_close(got.samples, separately(model.eval(), x, 2), 1e-5, 1e-6)
+
+
+def test_a_rectified_output_that_is_zero_proves_nothing() -> None:
+    """A function that is zero is found again; what is wrong with another tells them apart."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model, x = nn.Sequential(Mirrored(), nn.ReLU()), torch.randn(1, 4)
+        got = fb.predict(model, x, 8, likelihood=logits, keep_samples=True)
+        assert_close(got.samples, separately(model.eval(), x, 8), 1e-5, 1e-6)
 
 
 def test_functions_that_differ_by_no_more_than_rounding_share_no_pass() -> None:

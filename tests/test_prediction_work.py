@@ -161,20 +161,20 @@ def _passes(model: nn.Module, x: Tensor, **options) -> list[int]:
 def test_memory_decides_what_shares_a_pass() -> None:
     model, x = segmentation(), images(4)
     row = 8 * 8 * 8 * 4 * 4  # bytes of the largest output, four of them
-    assert _passes(model, x) == [1, 4, 32]
-    assert _passes(model, x, memory=16 * row) == [1, 4, 16, 16]
+    assert _passes(model, x) == [1, 4, 4, 32]
+    assert _passes(model, x, memory=16 * row) == [1, 4, 4, 16, 16]
     assert _passes(model, x, memory=4 * row) == [1] + [4] * 8
     assert _passes(model, x, memory=2 * row) == [1, 2, 1, 1] + [2] * 16
     assert _passes(model, x, memory=1) == [1, 2, 1, 1] + [1] * 32
-    assert _passes(model, x, batch_size=3, samples_per_pass=8) == [3, 24, 8]
+    assert _passes(model, x, batch_size=3, samples_per_pass=8) == [3, 3, 24, 8]
 
 
 def test_functions_are_spread_evenly_over_passes() -> None:
     """A compiled model is compiled for each number of functions: 8 = 5 + 3 would be two."""
     model, x = segmentation(), images(4)
     row = 8 * 8 * 8 * 4 * 4
-    assert _passes(model, x, memory=20 * row) == [1, 4, 16, 16]
-    assert _passes(model, x, samples_per_pass=5) == [1, 4, 16, 16]
+    assert _passes(model, x, memory=20 * row) == [1, 4, 4, 16, 16]
+    assert _passes(model, x, samples_per_pass=5) == [1, 4, 4, 16, 16]
     assert _passes(model, x, batch_size=4, samples_per_pass=3) == [4, 4, 12, 12, 8]
 
 
