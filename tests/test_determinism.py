@@ -168,7 +168,9 @@ def test_any_instruction_set_computes_the_same_convolution(isa: str, all_isas: N
     for name in ("weight", "kl"):
         assert torch.equal(got[name], expected[name]), name
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4)
+        # A difference of large sums may be small: rounding is that of the largest value.
+        largest = float(value.abs().max())
+        torch.testing.assert_close(got[name], value, rtol=0.0, atol=1e-6 * largest)
     torch.set_num_threads(3)
     _assert_equal(_results(sizes, changes, DIRECT), got)
 
