@@ -36,8 +36,8 @@ from .contexts import installed
 from .layers._base import BayesLayer
 from .layers.tfp_base import VariationalLayer
 from .likelihoods import Likelihood
-from .models import bayesian_layers, fixed_sample, mean_weights, placement
-from .weight_samples import weight_samples
+from .models import bayesian_layers, fixed_sample, mean_weights, placement, seeds_of_layers
+from .weight_samples import outside_any_other, weight_samples
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -117,8 +117,22 @@ class Passes:
             yield alone.pop(sample) if sample in alone else self._run(batch, sample, 1)
 
     def _run(self, batch: Any, first: int, count: int, compiled: bool = True) -> Any:
-        with fixed_sample(self.model, self.seed, sample=first), weight_samples(self.model, count):
+        with self._functions(first, count):
             return self._give(self.model if compiled else _uncompiled(self.model), batch)
+
+    @contextmanager
+    def _functions(self, first: int, count: int) -> Iterator[None]:
+        """As ``fixed_sample`` around ``weight_samples``; for one function in one frame, without
+        walking over the model, which would take as long as some models do."""
+        if count > 1:
+            fixed = fixed_sample(self.model, self.seed, sample=first)
+            with fixed, weight_samples(self.model, count):
+                yield
+            return
+        seeds = seeds_of_layers(self.layers, self.seed, first)
+        settings = [{**own, "num_samples": 1, "share_input": False} for own in seeds]
+        with installed(self.layers, settings, outside_any_other):
+            yield
 
     def _give(self, model: nn.Module, batch: Any) -> Any:
         batch = tree_map_only(Tensor, torch.clone, batch)

@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -199,13 +199,13 @@ class LayerContext:
 def _merged(frames: tuple[tuple[object, dict[str, Any]], ...]) -> LayerContext | None:
     if not frames:
         return None
-    context = LayerContext(frames=frames)
+    merged: dict[str, Any] = {}
+    sinks: tuple[tuple[KlCollector, int], ...] = ()
     for _, settings in frames:
-        settings = dict(settings)
-        outer = () if settings.pop("apart", False) else context.sinks
-        settings["sinks"] = (*outer, *settings.get("sinks", ()))
-        context = replace(context, **settings)
-    return context
+        merged.update(settings)
+        sinks = (*(() if settings.get("apart") else sinks), *settings.get("sinks", ()))
+    merged.pop("apart", None)
+    return LayerContext(**{**merged, "sinks": sinks, "frames": frames})
 
 
 class _Token:

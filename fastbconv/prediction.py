@@ -28,6 +28,9 @@ from .models import bayesian_layers, eval_mode
 # Bytes of one pass: larger tensors leave a CPU's caches, and the allocator's for reuse.
 _MEMORY = {"cpu": 2**26}
 _DEVICE_MEMORY = 2**30
+_SHARED = {
+    "cpu": 16
+}  # functions for which a pass pays: with fewer, less than its larger tensors cost
 _PEAK = 4  # tensors of the largest layer's size that live at once: input, output, a skip, a copy
 _QUIET_SECONDS = 2.0  # before a progress bar shows by itself
 
@@ -128,7 +131,8 @@ def predict(
             give what each gives alone; else all.
         samples_per_pass: functions in one pass, at most; they are spread evenly, so that passes
             have two sizes at most. An error where the model cannot have them. None: as ``memory``
-            allows, and one where functions cannot share a pass.
+            allows, and one where functions cannot share a pass or, on a CPU, fewer than 16 fit:
+            larger tensors would cost more than fewer passes save.
         memory: bytes that the tensors of one pass may take, weights apart; a rough bound, from the
             largest output of a module in a pass over one row with mean weights, made beforehand.
             None: 64 MiB on a CPU, where more is slower, and 1 GiB elsewhere. Memory does not grow
@@ -256,7 +260,10 @@ class _Plan:
         n = rows(batch)
         if n == 0 or self.passes.shares is False:
             return 1
-        count = min(self.samples_per_pass or self.rows_per_pass(batch) // n, self.num_samples)
+        count = self.samples_per_pass or self.rows_per_pass(batch) // n
+        if self.samples_per_pass is None and count < _SHARED.get(self.passes.device.type, 2):
+            return 1
+        count = min(count, self.num_samples)
         passes = -(-self.num_samples // max(1, count))
         return -(-self.num_samples // passes)
 

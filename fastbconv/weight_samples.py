@@ -78,7 +78,7 @@ def weight_samples(model: nn.Module, n: int) -> Iterator[None]:
     layers = bayesian_layers(model)
     entry = _entry(model)
     settings = [{"num_samples": n, "share_input": layer is entry} for layer in layers]
-    with ExitStack() as stack, installed(layers, settings, _outside_any_other):
+    with ExitStack() as stack, installed(layers, settings, outside_any_other):
         if n > 1:
             stack.enter_context(model.register_forward_pre_hook(_RefuseBatchStatistics(n)))
         if n > 1 and not any(layer is entry for layer in layers):
@@ -92,7 +92,8 @@ def _num_samples(layer: nn.Module) -> int | None:
     return None if context is None else context.num_samples
 
 
-def _outside_any_other(layers: Sequence[nn.Module]) -> None:
+def outside_any_other(layers: Sequence[nn.Module]) -> None:
+    """Refuses layers that are inside a block already."""
     if any(_num_samples(layer) is not None for layer in layers):
         raise ValueError(
             "model: expected layers outside any other weight_samples block, got some inside one; "
