@@ -122,16 +122,16 @@ class Passes:
 
     @contextmanager
     def _functions(self, first: int, count: int) -> Iterator[None]:
-        """As ``fixed_sample`` around ``weight_samples``; for one function in one frame, without
-        walking over the model, which would take as long as some models do."""
+        """As ``fixed_sample`` around ``weight_samples``; for one function in one frame."""
         if count > 1:
             fixed = fixed_sample(self.model, self.seed, sample=first)
             with fixed, weight_samples(self.model, count):
                 yield
             return
-        seeds = seeds_of_layers(self.layers, self.seed, first)
+        layers = bayesian_layers(self.model)  # a forward may have made one
+        seeds = seeds_of_layers(layers, self.seed, first)
         settings = [{**own, "num_samples": 1, "share_input": False} for own in seeds]
-        with installed(self.layers, settings, outside_any_other):
+        with installed(layers, settings, outside_any_other):
             yield
 
     def _give(self, model: nn.Module, batch: Any) -> Any:

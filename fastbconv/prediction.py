@@ -28,9 +28,8 @@ from .models import bayesian_layers, eval_mode
 # Bytes of one pass: larger tensors leave a CPU's caches, and the allocator's for reuse.
 _MEMORY = {"cpu": 2**26}
 _DEVICE_MEMORY = 2**30
-_SHARED = {
-    "cpu": 16
-}  # functions for which a pass pays: with fewer, less than its larger tensors cost
+# A pass is shared where so many functions fit: fewer save less than its larger tensors cost.
+_SHARED = {"cpu": 16}
 _PEAK = 4  # tensors of the largest layer's size that live at once: input, output, a skip, a copy
 _QUIET_SECONDS = 2.0  # before a progress bar shows by itself
 

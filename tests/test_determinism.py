@@ -64,6 +64,12 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "point": ({"N": 2, "C": 5, "H": 6, "W": 6, "K": 7, "R": 1, "S": 1}, {"padding": [0, 0, 0, 0]}),
     "many_weights": ({"N": 2, "C": 520, "H": 7, "W": 5, "K": 264, "channels_last": True}, {}),
+    # Contiguous: packed by whole rows, with more threads than those make tasks chunk by chunk.
+    "rows_or_chunks": ({"N": 2, "C": 70, "H": 6, "W": 5, "K": 24}, {}),
+    "bfloat16-rows_or_chunks": (
+        {"N": 2, "C": 71, "H": 6, "W": 5, "K": 24, "dtype": torch.bfloat16},
+        {},
+    ),
     "many_tiles": ({"N": 3, "C": 70, "H": 18, "W": 15, "K": 130}, {}),
     "wide": ({"N": 64, "C": 64, "H": 8, "W": 8, "K": 64, "channels_last": True}, {}),
 }

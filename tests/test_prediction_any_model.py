@@ -367,3 +367,28 @@ def test_rounding_under_autocast_is_no_difference() -> None:
 def test_a_likelihood_of_several_heads_is_told_what_to_do(value: Any) -> None:
     with pytest.raises(TypeError, match=r"likelihood: expected a tensor .*loop over fixed_sam"):
         fb.predict(fb.BayesLinear(4, 3), torch.ones(2, 4), 2, likelihood=lambda _: value)
+
+
+class _MakesItsHead(nn.Module):
+    """Has its second layer from its first call on, in front of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"body": fb.BayesLinear(4, 6)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.parts) == 1:
+            torch.manual_seed(0)
+            parts = {"head": fb.BayesLinear(6, 3), "body": self.parts["body"]}
+            self.parts = nn.ModuleDict(parts).eval()
+        return self.parts["head"](self.parts["body"](x))
+
+
+def test_a_layer_that_the_first_pass_makes_has_its_noise_by_the_seed() -> None:
+    torch.manual_seed(1)
+    model, x = _MakesItsHead(), torch.randn(5, 4)
+    got = fb.predict(model, x, 3, likelihood=logits, keep_samples=True)
+    assert got.samples is not None
+    for s, sample in enumerate(got.samples):
+        with torch.no_grad(), fb.fixed_sample(model, 0, sample=s):
+            assert_close(sample, model(x).double(), 1e-6, 1e-6)

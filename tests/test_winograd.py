@@ -33,6 +33,7 @@ AWKWARD = {
     "wide-padding": (2, 9, 2, 3, 8, (4, 3)),
     "single": (2, 1, 9, 10, 1, 2),
 }
+ALGORITHM = pytest.mark.parametrize("algorithm", ["winograd2", "winograd4", "direct"])
 WINOGRAD = pytest.mark.parametrize("algorithm", ["winograd2", "winograd4"])
 # Largest errors as multiples of PyTorch's. Over the sizes here and up to twenty seeds they were at
 # most 1.1 and 5.5: a third more is allowed to winograd4.
@@ -94,7 +95,7 @@ def test_errors_next_to_pytorchs(
         assert error <= most * bar, (name, error, bar)
 
 
-@WINOGRAD
+@ALGORITHM
 @pytest.mark.parametrize("estimator", ["reparameterization", "flipout"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_the_memory_format_changes_no_bit(
@@ -118,7 +119,7 @@ def test_the_memory_format_changes_no_bit(
         assert torch.equal(a, b)
 
 
-@WINOGRAD
+@ALGORITHM
 @pytest.mark.parametrize("estimator", ["reparameterization", "flipout"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_the_number_of_threads_changes_no_bit(
