@@ -50,7 +50,10 @@ int64_t least_tiles(const ConvProblem& problem, Direction direction) {
   const int64_t matrix = problem.shape.C * problem.shape.K;
   const bool large = matrix >= 512 * 512;
   if (matrix < 256 * 256) return 64;
-  if (has_avx512(problem)) return direction == Direction::kWgrad ? 64 : large ? 32 : 48;
+  if (has_avx512(problem)) {
+    if (direction == Direction::kFprop) return large ? 16 : 32;
+    return direction == Direction::kWgrad ? 64 : large ? 32 : 48;
+  }
   return direction == Direction::kDgrad && large ? 64 : 16;
 }
 
@@ -94,14 +97,14 @@ bool is_large(int64_t elements, int64_t millions) { return elements >= millions 
 bool direct_fprop_is_as_fast(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
   const int64_t filters = s.filters_per_group();
-  if (has_avx512(problem)) return filters >= 16 || s.R * s.S == 1;
-  if (is_pointwise(s)) return filters < 128 || is_large(s.N * s.P * s.Q * s.K, 8);
+  if (is_pointwise(s) && !has_avx512(problem)) return filters < 128 || is_large(s.N * s.P * s.Q * s.K, 8);
   return filters >= 8 || s.R * s.S == 1;
 }
 
 bool direct_dgrad_is_as_fast(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
   const int64_t channels = s.channels_per_group(), filters = s.filters_per_group();
+  if (has_avx512(problem) && s.groups == 1 && filters < 4 && s.stride_h * s.stride_w == 1) return true;
   if (s.R * s.S == 1) return is_pointwise(s) && is_large(s.N * s.H * s.W * s.C, 2);
   if (s.groups == 1 && channels <= 4) return true;
   if (filters < 16) return false;
@@ -118,7 +121,7 @@ bool direct_wgrad_is_as_fast(const ConvProblem& problem) {
     return !is_pointwise(s) || filters < 128 || (!problem.channels_last && is_large(s.N * s.P * s.Q * s.K, 8));
   }
   if (s.R * s.S >= 25 && channels >= 64) return false;
-  return filters > 16 || channels >= 8;
+  return filters >= 16 || channels >= 8;
 }
 
 // Groups of a few channels, which the direct kernels compute with vectors over the channels of all groups
@@ -142,6 +145,7 @@ bool direct_is_as_fast_in_narrow_groups(const ConvProblem& problem, Direction di
   if (!has_avx512(problem) && (direction == Direction::kDgrad || (forward && s.R * s.S <= 9))) return false;
   if (problem.channels_last) return true;
   // Planes are copied to pixels and back; but the library's weight gradient of a large filter is slow.
+  if (has_avx512(problem)) return direction != Direction::kDgrad;
   return direction == Direction::kWgrad && s.R * s.S > 9;
 }
 
