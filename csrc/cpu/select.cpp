@@ -104,7 +104,8 @@ bool direct_fprop_is_as_fast(const ConvProblem& problem) {
 bool direct_dgrad_is_as_fast(const ConvProblem& problem) {
   const ConvShape& s = problem.shape;
   const int64_t channels = s.channels_per_group(), filters = s.filters_per_group();
-  if (has_avx512(problem) && s.groups == 1 && filters < 4 && s.stride_h * s.stride_w == 1) return true;
+  const bool small_filter = s.R * s.S <= 9 && s.stride_h * s.stride_w == 1;
+  if (has_avx512(problem) && s.groups == 1 && filters < 4 && small_filter) return true;
   if (s.R * s.S == 1) return is_pointwise(s) && is_large(s.N * s.H * s.W * s.C, 2);
   if (s.groups == 1 && channels <= 4) return true;
   if (filters < 16) return false;
@@ -145,7 +146,7 @@ bool direct_is_as_fast_in_narrow_groups(const ConvProblem& problem, Direction di
   if (!has_avx512(problem) && (direction == Direction::kDgrad || (forward && s.R * s.S <= 9))) return false;
   if (problem.channels_last) return true;
   // Planes are copied to pixels and back; but the library's weight gradient of a large filter is slow.
-  if (has_avx512(problem)) return direction != Direction::kDgrad;
+  if (has_avx512(problem) && s.R * s.S <= 9) return direction != Direction::kDgrad && s.stride_h * s.stride_w == 1;
   return direction == Direction::kWgrad && s.R * s.S > 9;
 }
 
