@@ -48,8 +48,8 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 THREE_BY_THREE = ("few", "nine", "image", "dense", "long", "one", "samples", "shared")
 METHODS = {"direct": DIRECT, **WINOGRAD}
 # Times the errors that the others are granted: F(4x4, 3x3) made at most 2.9 times, over twelve sets
-# of data. F(2x2, 3x3): 1.36 is the most of benchmarks/accuracy.py with contiguous images and AVX-512,
-# where PyTorch's own sums are short.
+# of data. F(2x2, 3x3): 1.36 is the most of benchmarks/accuracy.py with contiguous images and
+# AVX-512, where PyTorch's own sums are short.
 SLACK = {WINOGRAD2: 1.36, WINOGRAD4: 4.0}
 CASES = [
     pytest.param(name, algorithm, id=f"{name}-{method}")
