@@ -26,6 +26,7 @@ from fastbconv import functional
 from fastbconv.bench import machine
 
 DIRECTIONS = ("fprop", "dgrad", "wgrad")
+KERNELS = ("direct", "library", "winograd2", "winograd2x4")
 TOLERANCE = 1.10
 
 
@@ -188,7 +189,7 @@ def measure(row: Row, budget: float) -> dict[str, list[float]]:
     leaves = tensors(row)
     names = ["direct", "library"]
     if row.size == 3 and row.stride == row.dilation == row.groups == 1:
-        names.append("winograd2")
+        names += ["winograd2", "winograd2x4"]
     times: dict[str, list[list[float]]] = {name: [] for name in names}
     grad = torch.randn_like(functional.bayes_conv2d(*leaves, **geometry(row)))
     began, turns = time.perf_counter(), 0
@@ -231,12 +232,12 @@ def write(path: str, results: list[Cell], threads: int) -> None:
             file.write(f"# {key}: {value}\n")
         writer = csv.writer(file)
         writer.writerow(
-            ["row", "direction", "chosen", "fastest", "ratio", "direct", "library", "winograd2"]
+            ["row", "direction", "chosen", "fastest", "ratio", *KERNELS]
         )
         for cell in results:
             numbers = [
                 f"{cell.times[n]:.4f}" if n in cell.times else ""
-                for n in ("direct", "library", "winograd2")
+                for n in KERNELS
             ]
             writer.writerow(
                 [cell.row, cell.direction, cell.chosen, cell.best, f"{cell.ratio:.3f}", *numbers]

@@ -6,9 +6,9 @@ C++ owns schemas, kernels and autograd (``csrc/bindings``). Arguments are as in 
 Shared arguments. ``seed``: int64 (2,), (key, offset). ``prior``: the (loc, scale) that a prior
 tensor of None leaves in force, for the weight and then the bias. ``padding``: top, bottom, left,
 right. ``element_offset``: noise number of the first weight and bias element. ``offset_add``: added
-to the seed's offset. ``algorithm``: 0 auto, 1 direct, 2 winograd2, 3 winograd4, 4 library. Results
-that were not asked for are empty tensors of shape (0,). The ``*_backward`` operators are called by
-autograd alone and have no wrapper; their fakes quote the schema.
+to the seed's offset. ``algorithm``: 0 auto, 1 direct, 2 winograd2, 3 winograd4, 4 library,
+5 winograd2x4. Results that were not asked for are empty tensors of shape (0,). The ``*_backward``
+operators are called by autograd alone and have no wrapper; their fakes quote the schema.
 
 On CUDA nothing waits for the device: tensors are read by the kernels alone, so their values are not
 checked there (a scale of the prior that is not positive shows as NaN in the KL, as on the CPU).

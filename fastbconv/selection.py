@@ -19,7 +19,9 @@ from . import _arguments, _native, estimators, ops
 from ._arguments import IntPair, PaddingLike
 from .estimators import Estimator
 
-Algorithm = Literal["auto", "direct", "winograd2", "winograd4", "library", "reference"]
+Algorithm = Literal[
+    "auto", "direct", "winograd2", "winograd2x4", "winograd4", "library", "reference"
+]
 
 ALGORITHM_ID: Final[dict[str, int]] = {
     "auto": 0,
@@ -27,8 +29,11 @@ ALGORITHM_ID: Final[dict[str, int]] = {
     "winograd2": 2,
     "winograd4": 3,
     "library": 4,
+    "winograd2x4": 5,
     "reference": 0,
 }
+
+_FUSED: Final = ("direct", "winograd2", "winograd2x4", "winograd4")
 
 
 class _Choice:
@@ -129,7 +134,7 @@ def check_composed(input: Tensor) -> None:
         NotImplementedError: fused kernels are asked for, or "library" on a CPU under
             torch.use_deterministic_algorithms(True).
     """
-    if CHOICE.name in ("direct", "winograd2", "winograd4"):
+    if CHOICE.name in _FUSED:
         raise NotImplementedError(
             "algorithm: expected 'auto', 'library' or 'reference' for a three-dimensional or "
             "transposed convolution, and for Flipout and local reparameterisation on CUDA, got "
@@ -290,7 +295,7 @@ def _of_estimator(rows: Candidates, *, composed: bool) -> Candidates:
         "composed of PyTorch's convolutions, on request: what is drawn is kept for backward"
     )
     only = "Flipout and local reparameterisation are composed of PyTorch's convolutions here"
-    winograd = {row.direction for row in rows if row.chosen and row.algorithm == "winograd2"}
+    winograd = {row.direction for row in rows if row.chosen and row.algorithm in _FUSED[1:]}
     found = Candidates()
     for row in rows:
         library = row.algorithm == "library"
@@ -342,7 +347,7 @@ def _composed(device: torch.device | str) -> Candidates:
     rows = Candidates()
     for direction in _DIRECTIONS:
         rows.append(Candidate(direction, "library", True, True, composed))
-        for name in ("direct", "winograd2", "winograd4"):
+        for name in _FUSED:
             rows.append(Candidate(direction, name, False, False, only))
     return rows
 

@@ -68,7 +68,7 @@ struct ConvBackward {
 // Shapes, dtypes and devices of `back`.
 void check_conv_backward(const ConvCall& call, const ConvBackward& back);
 
-// method: kDirect, kWinograd2 or kWinograd4, likewise below.
+// method: kDirect or one of Winograd's, likewise below.
 template <typename T>
 void forward_direct(const ConvCall& call, Algorithm method, ConvOutputs* out);
 template <typename T>

@@ -49,10 +49,17 @@ SignTables sign_tables(const ConvCall& call) {
   return {draw_signs(call, Stream::kSignInput, call.shape.C), draw_signs(call, Stream::kSignOutput, call.shape.K)};
 }
 
-// The side of the square of pixels that a weight computes at once.
-int64_t pixels_at_once(Algorithm method) {
-  if (method == Algorithm::kWinograd2) return 2;
-  return method == Algorithm::kWinograd4 ? 4 : 1;
+// The pixels that a weight computes at once: rows and columns.
+struct Tile {
+  int64_t rows, cols;
+};
+Tile pixels_at_once(Algorithm method) {
+  switch (method) {
+    case Algorithm::kWinograd2: return {2, 2};
+    case Algorithm::kWinograd2x4: return {2, 4};
+    case Algorithm::kWinograd4: return {4, 4};
+    default: return {1, 1};
+  }
 }
 
 // Whether each vector of an image's weight is used often enough to be formed.
@@ -60,8 +67,8 @@ bool has_row_weights(const ConvCall& call, Algorithm method, Direction direction
   const ConvShape& s = call.shape;
   const int64_t height = direction == Direction::kDgrad ? s.H : s.P;
   const int64_t width = direction == Direction::kDgrad ? s.W : s.Q;
-  const int64_t side = pixels_at_once(method);
-  return ((height + side - 1) / side) * ((width + side - 1) / side) >= kRowWeightUses;
+  const Tile tile = pixels_at_once(method);
+  return ((height + tile.rows - 1) / tile.rows) * ((width + tile.cols - 1) / tile.cols) >= kRowWeightUses;
 }
 
 template <typename T>

@@ -8,12 +8,13 @@ namespace fbc {
 
 enum class Algorithm : int32_t {
   kAuto = 0,
-  kDirect = 1,     // our one-pass kernels
-  kWinograd2 = 2,  // F(2x2, 3x3)
-  kWinograd4 = 3,  // F(4x4, 3x3), on request only
-  kLibrary = 4,    // fused sampling pass, then the framework's convolution
+  kDirect = 1,       // our one-pass kernels
+  kWinograd2 = 2,    // F(2x2, 3x3)
+  kWinograd4 = 3,    // F(4x4, 3x3), on request only
+  kLibrary = 4,      // fused sampling pass, then the framework's convolution
+  kWinograd2x4 = 5,  // F(2x4, 3x3)
 };
-constexpr int32_t kNumAlgorithms = 5;
+constexpr int32_t kNumAlgorithms = 6;
 
 enum class Direction : int32_t { kFprop = 0, kDgrad = 1, kWgrad = 2 };
 

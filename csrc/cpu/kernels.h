@@ -187,8 +187,9 @@ struct KernelTable {
 
   ConvKernels<T> direct;     // any convolution
   ConvKernels<T> pairs;      // of bfloat16, in its own arithmetic: what pairs_fit() accepts; null: none
-  ConvKernels<T> winograd2;  // what winograd_fits() accepts
-  ConvKernels<T> winograd4;  // likewise
+  ConvKernels<T> winograd2;    // what winograd_fits() accepts
+  ConvKernels<T> winograd2x4;  // likewise
+  ConvKernels<T> winograd4;    // likewise
   AffineKernels<T> affine;
   int64_t (*activation_grad_workspace)(const ActivationGradParams&, int32_t threads);
   void (*activation_grad)(const ActivationGradParams&, Parallel, void* workspace);
@@ -213,11 +214,12 @@ const KernelTable<T>& kernels();  // of current_isa()
 const NoiseKernels& noise_kernels();
 const ProbeKernels& probe_kernels(Isa isa);  // of one that the processor has
 
-// Of kDirect, kWinograd2 or kWinograd4.
+// Of kDirect or one of Winograd's.
 template <typename T>
 const ConvKernels<T>& conv_kernels(Algorithm method) {
   const KernelTable<T>& table = kernels<T>();
   if (method == Algorithm::kWinograd2) return table.winograd2;
+  if (method == Algorithm::kWinograd2x4) return table.winograd2x4;
   return method == Algorithm::kWinograd4 ? table.winograd4 : table.direct;
 }
 

@@ -74,6 +74,10 @@ const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction
   return nullptr;
 }
 
+const char* winograd2x4_not_chosen(const ConvProblem& problem, Direction direction) {
+  return winograd2_not_chosen(problem, direction);
+}
+
 // Where the kernels for pairs beat the library's, or come within 10 %: not with few vectors in a tile, and not
 // for gradients by the input of 1 x 1 filters, which wait for memory.
 bool pairs_are_as_fast(const ConvProblem& problem, Direction direction) {
@@ -207,6 +211,7 @@ const char* library_not_chosen(const ConvProblem& problem, Direction direction) 
 }
 
 constexpr Candidate kCandidates[kNumCandidates] = {
+    {Algorithm::kWinograd2x4, "winograd2x4", winograd_cannot, winograd2x4_not_chosen},
     {Algorithm::kWinograd2, "winograd2", winograd_cannot, winograd2_not_chosen},
     {Algorithm::kWinograd4, "winograd4", winograd_cannot, only_on_request},
     {Algorithm::kLibrary, "library", library_cannot, library_not_chosen},

@@ -30,7 +30,7 @@ struct Candidate {
   const char* (*not_chosen)(const ConvProblem&, Direction);
 };
 
-constexpr int kNumCandidates = 4;
+constexpr int kNumCandidates = 5;
 const Candidate* candidates();  // kNumCandidates of them, best first
 
 // The requested algorithm, or for kAuto the first candidate with no objection.

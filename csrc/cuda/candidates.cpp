@@ -33,6 +33,7 @@ const char* direct_not_chosen(const ConvProblem&, Direction) {
 constexpr Candidate kCandidates[kNumCandidates] = {
     {Algorithm::kLibrary, "library", never, never},
     {Algorithm::kDirect, "direct", direct_cannot, direct_not_chosen},
+    {Algorithm::kWinograd2x4, "winograd2x4", no_kernel, never},
     {Algorithm::kWinograd2, "winograd2", no_kernel, never},
     {Algorithm::kWinograd4, "winograd4", no_kernel, never},
 };

@@ -123,6 +123,7 @@ for _name, _text, _default, _slack in (
     ("direct", "direct kernels", True, 1.0),
     ("library", "our sampling pass, then PyTorch's convolution", True, 1.0),
     ("winograd2", "F(2x2, 3x3) kernels", False, 1.0),
+    ("winograd2x4", "F(2x4, 3x3) kernels", False, 2.0),
     ("winograd4", "F(4x4, 3x3) kernels", False, 4.0),
 ):
     _column(

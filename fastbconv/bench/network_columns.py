@@ -292,6 +292,7 @@ BUILDS: dict[str, Callable[[NetworkProblem], NetworkProgram]] = {
 _NO_WINOGRAD = "its kernels compute 3 x 3 filters without stride, and a network has others"
 _LACKING = {
     "winograd2": _NO_WINOGRAD,
+    "winograd2x4": _NO_WINOGRAD,
     "winograd4": _NO_WINOGRAD,
     "ivon": "its optimiser would have to be set up for a whole model",
 }
