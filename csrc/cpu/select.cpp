@@ -74,8 +74,19 @@ const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction
   return nullptr;
 }
 
+// Taken where its errors stay within those of PyTorch's convolution in the same memory format: output (root mean
+// square) and twice the largest of a gradient (benchmarks/accuracy.py).
 const char* winograd2x4_not_chosen(const ConvProblem& problem, Direction direction) {
-  return winograd2_not_chosen(problem, direction);
+  const ConvShape& s = problem.shape;
+  if (const char* reason = winograd2_not_chosen(problem, direction)) return reason;
+  const int64_t pixels = s.output_rows() / s.num_samples * s.P * s.Q;
+  const bool weights = direction == Direction::kWgrad, forward = direction == Direction::kFprop;
+  if (problem.dtype == Dtype::kFloat32 && !weights) {
+    if (!problem.channels_last) return "PyTorch sums planes in shorter chains: its errors would be larger than those";
+    if (forward && s.C < 64) return "its errors would be larger than those of a direct sum over few channels";
+  }
+  if (pixels < (weights ? 1024 : forward ? 0 : 512)) return "there are too few pixels for tiles of 2 x 4 to pay";
+  return nullptr;
 }
 
 // Where the kernels for pairs beat the library's, or come within 10 %: not with few vectors in a tile, and not
