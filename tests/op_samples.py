@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastbconv import ops
 
-DIRECT, WINOGRAD2, WINOGRAD4, LIBRARY = 1, 2, 3, 4
-WINOGRAD = {"winograd2": WINOGRAD2, "winograd4": WINOGRAD4}
+DIRECT, WINOGRAD2, WINOGRAD4, LIBRARY, WINOGRAD2X4 = 1, 2, 3, 4, 5
+WINOGRAD = {"winograd2": WINOGRAD2, "winograd2x4": WINOGRAD2X4, "winograd4": WINOGRAD4}
 ALGORITHMS = {"direct": DIRECT, **WINOGRAD, "library": LIBRARY}
 ANY_SHAPE = {name: ALGORITHMS[name] for name in ("direct", "library")}
 FLOOR = 2.0**-23

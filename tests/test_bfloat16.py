@@ -178,6 +178,6 @@ def test_the_choice_follows_the_processor() -> None:
     try:
         NATIVE.limit_isa("avx2")
         rows = fb.explain(x, torch.zeros(64, 64, 3, 3), padding=1)
-        assert [row.algorithm for row in rows if row.chosen] == ["winograd2"] * 3
+        assert [row.algorithm for row in rows if row.chosen] == ["winograd2x4"] * 3
     finally:
         NATIVE.limit_isa(before)

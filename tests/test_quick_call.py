@@ -116,7 +116,7 @@ def test_both_ways_have_the_same_bits(
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("choice", ["auto", "direct", "winograd2", "library"])
+@pytest.mark.parametrize("choice", ["auto", "direct", "winograd2", "winograd2x4", "library"])
 @pytest.mark.parametrize("keep_weight", [False, True])
 def test_the_algorithm_is_obeyed(choice: str, keep_weight: bool, taken, long_way) -> None:
     layer, input = fb.BayesConv2d(16, 16, 3, padding=1), torch.randn(2, 16, 8, 8)

@@ -111,7 +111,7 @@ def test_explain_knows_the_estimators(estimator: str, dtype: torch.dtype, channe
     rows = fb.explain(layer, x)
     chosen = {row.direction: row.algorithm for row in rows if row.chosen}
     assert set(chosen) == {"fprop", "dgrad", "wgrad"}
-    assert set(chosen.values()) <= {"direct", "winograd2"}
+    assert set(chosen.values()) <= {"direct", "winograd2", "winograd2x4"}
     output = layer(x, seed=1)
     with fb.algorithm(chosen["fprop"]):
         assert torch.equal(layer(x, seed=1), output)
@@ -180,7 +180,7 @@ def test_explain_sees_a_linear_map_as_a_pixel(kind: type[torch.nn.Module]) -> No
 def test_explain_says_what_is_composed(layer: torch.nn.Module, shape, monkeypatch) -> None:
     rows = fb.explain(layer, torch.randn(shape))
     assert {row.algorithm for row in rows if row.chosen} == {"library"}
-    assert len(rows) == 12
+    assert len(rows) == 15
     assert all(row.available == row.chosen and row.reason for row in rows)
     with fb.algorithm("direct"), pytest.raises(NotImplementedError):
         layer(torch.randn(shape))
@@ -203,7 +203,7 @@ def test_a_composed_call_obeys_the_choice(rank: int) -> None:
                 conv(x, w, w, estimator=estimator)
         finally:
             torch.use_deterministic_algorithms(False)
-    for name in ("direct", "winograd2", "winograd4") if rank == 3 else ():
+    for name in ("direct", "winograd2", "winograd2x4", "winograd4") if rank == 3 else ():
         with fb.algorithm(name), pytest.raises(NotImplementedError, match=f"got '{name}'"):
             conv(x, w, w)
 

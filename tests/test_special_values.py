@@ -39,7 +39,7 @@ def test_derivatives_at_nan(name: str, dtype: torch.dtype, algorithm: str) -> No
         torch.testing.assert_close(got, expected[..., 0].view(1), equal_nan=True)
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd2"])
+@pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd2", "winograd2x4"])
 def test_infinite_pixels_reach_the_same_outputs(algorithm: str) -> None:
     """Winograd may turn an infinity into NaN; the outputs that are finite stay as they were."""
     layer = fb.BayesConv2d(64, 64, 3, padding=1)
@@ -51,7 +51,7 @@ def test_infinite_pixels_reach_the_same_outputs(algorithm: str) -> None:
     reached = torch.zeros(2, 64, 12, 12, dtype=torch.bool)
     reached[0, :, 4:7, 5:8] = True
     touched = reached.clone()
-    if algorithm != "direct":  # a whole tile of 2 x 2
+    if algorithm != "direct":  # whole tiles, of 2 x 2 or of 2 x 4
         touched[0, :, 4:8, 4:8] = True
     assert not torch.isfinite(y[reached]).any()
     assert torch.equal(y[~touched], clean[~touched])

@@ -128,7 +128,7 @@ def test_group_s_is_function_s(model: nn.Module) -> None:
 
 def test_bits_are_those_of_separate_passes() -> None:
     model, x = MODELS["sequence"](), _image()
-    for name in ("direct", "winograd2"):
+    for name in ("direct", "winograd2", "winograd2x4"):
         layers = model if name == "direct" else model[0]
         with torch.no_grad(), fb.algorithm(name):
             with fb.fixed_sample(layers, 5), fb.weight_samples(layers, DRAWS):

@@ -92,11 +92,14 @@ T small_integer(Random& random) {
 // The methods that compute a problem, and their names.
 inline std::vector<Algorithm> methods_for(const ConvShape& s) {
   if (!winograd_fits(s)) return {Algorithm::kDirect};
-  return {Algorithm::kDirect, Algorithm::kWinograd2, Algorithm::kWinograd4};
+  return {Algorithm::kDirect, Algorithm::kWinograd2, Algorithm::kWinograd2x4, Algorithm::kWinograd4};
 }
+// Whether integers stay integers.
+inline bool is_exact(Algorithm method) { return method == Algorithm::kDirect || method == Algorithm::kWinograd2; }
 inline const char* method_name(Algorithm method) {
   if (method == Algorithm::kDirect) return "direct";
-  return method == Algorithm::kWinograd2 ? "winograd2" : "winograd4";
+  if (method == Algorithm::kWinograd2) return "winograd2";
+  return method == Algorithm::kWinograd2x4 ? "winograd2x4" : "winograd4";
 }
 
 template <typename T>

@@ -95,7 +95,7 @@ void check_convolution(Random& random, const Data& d, Algorithm method, bool wit
   });
   const Parallel parallel = parallel_in(static_cast<int32_t>(random.between(1, 3)));
   const PosteriorParams<double> posterior = d.posterior(with_signs ? WeightTerm::kSample : WeightTerm::kVariance);
-  const double rounding = method == Algorithm::kWinograd4 ? 1e-12 : 0.0;  // of integers
+  const double rounding = is_exact(method) ? 0.0 : 1e-12;  // of integers
   const double tolerance = with_signs ? 1e-12 : rounding;
   FpropParams f = {};
   f.shape = s, f.dtype = f.weight_dtype = f.output_dtype = Dtype::kFloat64;

@@ -16,7 +16,7 @@ namespace {
 // What a result may be off, as a fraction of the largest. Seen over 7500 problems: 3.6e-6 and 5.1e-15.
 template <typename T>
 double tolerance_of(Algorithm method) {
-  if (method != Algorithm::kWinograd4) return 0.0;
+  if (is_exact(method)) return 0.0;
   return sizeof(T) == 8 ? 2e-14 : 1e-5;
 }
 
