@@ -231,14 +231,9 @@ def write(path: str, results: list[Cell], threads: int) -> None:
         for key, value in machine.environment(threads).items():
             file.write(f"# {key}: {value}\n")
         writer = csv.writer(file)
-        writer.writerow(
-            ["row", "direction", "chosen", "fastest", "ratio", *KERNELS]
-        )
+        writer.writerow(["row", "direction", "chosen", "fastest", "ratio", *KERNELS])
         for cell in results:
-            numbers = [
-                f"{cell.times[n]:.4f}" if n in cell.times else ""
-                for n in KERNELS
-            ]
+            numbers = [f"{cell.times[n]:.4f}" if n in cell.times else "" for n in KERNELS]
             writer.writerow(
                 [cell.row, cell.direction, cell.chosen, cell.best, f"{cell.ratio:.3f}", *numbers]
             )

@@ -51,10 +51,10 @@ class algorithm:
     """Chooses the kernels: at once for the process, or for a ``with`` block.
 
     Args:
-        name: "auto" picks by shape, dtype, layout and instruction set; "direct", "winograd2" and
-            "winograd4" (both for 3x3 filters without stride, dilation and groups, on a CPU) are the
-            fused kernels, "library" is the fused sampling pass followed by PyTorch's convolution,
-            "reference" the definition in plain PyTorch.
+        name: "auto" picks by shape, dtype, layout and instruction set; "direct", "winograd2",
+            "winograd2x4" and "winograd4" (these three for 3x3 filters without stride, dilation and
+            groups, on a CPU) are the fused kernels, "library" is the fused sampling pass followed
+            by PyTorch's convolution, "reference" the definition in plain PyTorch.
         keep_weight: save the sampled weight for backward, in the compute dtype, instead of
             regenerating it.
 
@@ -69,12 +69,18 @@ class algorithm:
     does so under torch.use_deterministic_algorithms(True), since the bits of its weight gradient
     depend on the number of threads. On CUDA it is then a deterministic algorithm of cuDNN.
 
-    "winograd4" needs a quarter of the multiplications of a direct sum, where "winograd2" needs four
-    ninths, and takes 0.7 to 0.85 of the time of "winograd2" where its tiles of 4 x 4 pixels fit the
-    image or nearly so; on 14 x 14 they take as long. Its rounding error is larger, so "auto" never
-    picks it: over the 37 shapes of benchmarks/accuracy.py the root mean square of the output's
-    error was 0.8 to 4.0 times that of PyTorch's float32 convolution (median 1.8), the largest
-    error of the output 0.5 to 6.5 times, that of a gradient at most 7.9 times.
+    "winograd2" needs four ninths of the multiplications of a direct sum, "winograd2x4" a third, in
+    0.8 to 0.95 of the time. Its rounding errors are 1.4 to 1.7 times as large, so "auto" picks it
+    where they stay within those of PyTorch's float32 convolution in the same memory format: over
+    the 72 shapes of benchmarks/accuracy.py the root mean square of the output's error with "auto"
+    was 0.27 to 1.00 of that of PyTorch (median 0.77), the largest error of a gradient at most 1.8
+    times. For contiguous images, whose sums PyTorch cuts into shorter chains, "winograd2x4" is
+    there on request: 1.6 to 1.9 times the error of PyTorch.
+
+    "winograd4" needs a quarter, and takes 0.7 to 0.85 of the time of "winograd2" where its tiles of
+    4 x 4 pixels fit the image or nearly so. "auto" never picks it: over 37 shapes the output's
+    error was 0.7 to 3.8 times that of PyTorch (median 1.4), the largest error of the output 0.5 to
+    5.4 times, that of a gradient at most 7.9 times.
 
     Three-dimensional convolutions, and Flipout and local reparameterisation on CUDA, are composed
     of our draws and PyTorch's convolution: "auto" and "library" are the same there, the fused

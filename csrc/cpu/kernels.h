@@ -185,8 +185,8 @@ struct KernelTable {
   void (*kl)(const PosteriorParams<T>&, int64_t k_begin, int64_t k_end, double* kl_partials);
   void (*posterior_backward)(const PosteriorParams<T>&, const PosteriorGrads<T>&, int64_t k_begin, int64_t k_end);
 
-  ConvKernels<T> direct;     // any convolution
-  ConvKernels<T> pairs;      // of bfloat16, in its own arithmetic: what pairs_fit() accepts; null: none
+  ConvKernels<T> direct;       // any convolution
+  ConvKernels<T> pairs;        // of bfloat16, in its own arithmetic: what pairs_fit() accepts; null: none
   ConvKernels<T> winograd2;    // what winograd_fits() accepts
   ConvKernels<T> winograd2x4;  // likewise
   ConvKernels<T> winograd4;    // likewise
