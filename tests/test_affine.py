@@ -9,7 +9,7 @@ from typing import Any
 import op_samples as samples
 import pytest
 import torch
-from op_samples import DIRECT, RELU, SILU, WINOGRAD, WINOGRAD2, WINOGRAD4, tensors
+from op_samples import DIRECT, RELU, SILU, WINOGRAD, WINOGRAD2, WINOGRAD2X4, WINOGRAD4, tensors
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,9 +48,9 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 THREE_BY_THREE = ("few", "nine", "image", "dense", "long", "one", "samples", "shared")
 METHODS = {"direct": DIRECT, **WINOGRAD}
 # Times the errors that the others are granted: F(4x4, 3x3) made at most 2.9 times, over twelve sets
-# of data. F(2x2, 3x3): 1.36 is the most of benchmarks/accuracy.py with contiguous images and
-# AVX-512, where PyTorch's own sums are short.
-SLACK = {WINOGRAD2: 1.36, WINOGRAD4: 4.0}
+# of data. F(2x2, 3x3): 1.36 was the most of benchmarks/accuracy.py with AVX-512, where PyTorch's
+# own sums are short; F(2x4, 3x3): 1.7 times that of F(2x2, 3x3), as there.
+SLACK = {WINOGRAD2: 1.36, WINOGRAD2X4: 2.3, WINOGRAD4: 4.0}
 CASES = [
     pytest.param(name, algorithm, id=f"{name}-{method}")
     for method, algorithm in METHODS.items()

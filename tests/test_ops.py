@@ -9,7 +9,7 @@ import op_samples as samples
 import pytest
 import torch
 from op_catalog import SAMPLES
-from op_samples import ALGORITHMS, LIBRARY, RELU, SILU, WINOGRAD, options, tensors
+from op_samples import ALGORITHMS, LIBRARY, RELU, SILU, WINOGRAD, WINOGRAD4, options, tensors
 from torch import Tensor
 
 import fastbconv as fb
@@ -333,7 +333,8 @@ def test_providers_agree(dtype: torch.dtype) -> None:
     for algorithm in ALGORITHMS.values():
         output = ops.bconv2d(*args, **options(algorithm=algorithm))[0]
         error = (output.double() - exact).abs().max() / exact.abs().max()
-        assert error < 8 * max(torch.finfo(dtype).eps, 2.0**-23), algorithm
+        most = 16 if algorithm == WINOGRAD4 else 8  # its constants round
+        assert error < most * max(torch.finfo(dtype).eps, 2.0**-23), algorithm
 
 
 def _double(args: list[Any]) -> list[Any]:

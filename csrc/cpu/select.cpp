@@ -74,13 +74,21 @@ const char* winograd2_not_chosen(const ConvProblem& problem, Direction direction
   return nullptr;
 }
 
+ConvProblem in_float32(ConvProblem problem) {
+  problem.dtype = Dtype::kFloat32;
+  return problem;
+}
+
 // Taken where its errors stay within those of PyTorch's convolution in the same memory format: output (root mean
 // square) and twice the largest of a gradient (benchmarks/accuracy.py).
 const char* winograd2x4_not_chosen(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
-  if (const char* reason = winograd2_not_chosen(problem, direction)) return reason;
-  const int64_t pixels = s.output_rows() / s.num_samples * s.P * s.Q;
   const bool weights = direction == Direction::kWgrad, forward = direction == Direction::kFprop;
+  // A third of the products in float32 are faster than all of them in bfloat16, until the weights are large.
+  const bool beats_pairs = has_pairs(problem) && s.C >= 64 && s.K >= 64 && s.C * s.K <= 256 * 256;
+  const char* reason = winograd2_not_chosen(beats_pairs ? in_float32(problem) : problem, direction);
+  if (reason != nullptr) return reason;
+  const int64_t pixels = s.output_rows() / s.num_samples * s.P * s.Q;
   if (problem.dtype == Dtype::kFloat32 && !weights) {
     if (!problem.channels_last) return "PyTorch sums planes in shorter chains: its errors would be larger than those";
     if (forward && s.C < 64) return "its errors would be larger than those of a direct sum over few channels";
