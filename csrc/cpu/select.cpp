@@ -51,8 +51,8 @@ int64_t least_tiles(const ConvProblem& problem, Direction direction) {
   const bool large = matrix >= 512 * 512;
   if (matrix < 256 * 256) return 64;
   if (has_avx512(problem)) {
-    if (direction == Direction::kFprop) return large ? 16 : 32;
-    return direction == Direction::kWgrad ? 64 : large ? 32 : 48;
+    if (direction == Direction::kFprop) return 16;
+    return direction == Direction::kWgrad ? (large ? 32 : 16) : large ? 32 : 48;
   }
   return direction == Direction::kDgrad && large ? 64 : 16;
 }
@@ -84,8 +84,9 @@ ConvProblem in_float32(ConvProblem problem) {
 const char* winograd2x4_not_chosen(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
   const bool weights = direction == Direction::kWgrad, forward = direction == Direction::kFprop;
-  // A third of the products in float32 are faster than all of them in bfloat16, until the weights are large.
-  const bool beats_pairs = has_pairs(problem) && s.C >= 64 && s.K >= 64 && s.C * s.K <= 256 * 256;
+  // A third of the products in float32 are faster than all of them in bfloat16, until the weights are large; in
+  // backward the gradient would be made in float32 for it.
+  const bool beats_pairs = forward && has_pairs(problem) && s.C >= 64 && s.K >= 64 && s.C * s.K <= 128 * 128;
   const char* reason = winograd2_not_chosen(beats_pairs ? in_float32(problem) : problem, direction);
   if (reason != nullptr) return reason;
   const int64_t pixels = s.output_rows() / s.num_samples * s.P * s.Q;
@@ -93,7 +94,11 @@ const char* winograd2x4_not_chosen(const ConvProblem& problem, Direction directi
     if (!problem.channels_last) return "PyTorch sums planes in shorter chains: its errors would be larger than those";
     if (forward && s.C < 64) return "its errors would be larger than those of a direct sum over few channels";
   }
-  if (pixels < (weights ? 1024 : forward ? 0 : 512)) return "there are too few pixels for tiles of 2 x 4 to pay";
+  const bool large = s.C * s.K >= 512 * 512;
+  // malloc gives a workspace of over 32 MiB back to the system: cleared pages cost more than a quarter of the products.
+  if (!forward && !weights && large) return "its packed weights would be fresh memory in every call";
+  if (weights && pixels < 384) return "its errors would be larger than those of a direct sum over few pixels";
+  if (pixels < (!forward ? 384 : large ? 0 : 128)) return "there are too few pixels for tiles of 2 x 4 to pay";
   return nullptr;
 }
 
