@@ -9,7 +9,8 @@ weight and bias.
     python benchmarks/accuracy.py [--seeds 3] [--only SUBSTRING] [--algorithm auto] [--out FILE.csv]
 
 Bars: output 1.05 (root mean square) and 1.5 (largest), gradients 2. They are meant for `auto`;
-"winograd4" is above them. Rows that the algorithm cannot compute are left out.
+"winograd4", and "winograd2x4" where `auto` leaves it out, are above them. Rows that the algorithm
+cannot compute are left out.
 """
 
 from __future__ import annotations

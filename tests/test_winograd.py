@@ -13,18 +13,19 @@ from torch import Tensor
 import fastbconv as fb
 from fastbconv import functional as f
 
-# N, C, H, W, K, padding. With packed weights above 8 MB up to 528 tiles are transformed first;
-# above 2 MB, where there are no more tiles than that, a task draws the weights that it multiplies.
+# N, C, H, W, K, padding. With packed weights above 8 MB (16 MB of the wider tiles) up to 528 tiles
+# are transformed first; above 2 MB, where there are at most 2112 pixels, a task draws the weights
+# that it multiplies.
 # 130 filters and 70 channels make several blocks, 216 tiles several groups.
 SIZES = {
     "many-weights": (2, 520, 7, 5, 264, 1),
     "many-tiles": (3, 70, 18, 15, 130, (1, 2)),
-    "many-of-both": (9, 520, 16, 17, 264, 1),
+    "many-of-both": (9, 520, 16, 17, 344, 1),
     "one-tile-images": (66, 528, 2, 2, 260, 1),
     "no-padding": (2, 264, 6, 9, 520, 0),
     "few-filters": (2, 300, 5, 6, 130, 1),
 }
-# Extents around the tiles of both algorithms, images smaller than one, and single channels.
+# Extents around the tiles of all algorithms, images smaller than one, and single channels.
 AWKWARD = {
     "pixel": (3, 2, 1, 1, 3, 1),
     "row": (2, 17, 1, 9, 5, 1),

@@ -79,26 +79,38 @@ ConvProblem in_float32(ConvProblem problem) {
   return problem;
 }
 
-// Taken where its errors stay within those of PyTorch's convolution in the same memory format: output (root mean
+int64_t pixels_of_a_draw(const ConvShape& s) { return s.output_rows() / s.num_samples * s.P * s.Q; }
+
+// Null where its errors stay within those of PyTorch's convolution in the same memory format: output (root mean
 // square) and twice the largest of a gradient (benchmarks/accuracy.py).
+const char* winograd2x4_rounds(const ConvProblem& problem, Direction direction) {
+  const ConvShape& s = problem.shape;
+  if (direction == Direction::kWgrad) {
+    if (pixels_of_a_draw(s) >= 384) return nullptr;
+    return "its errors would be larger than those of a direct sum over few pixels";
+  }
+  if (is_16_bit(problem)) return nullptr;  // what is rounded to 16 bits does not show them
+  if (!problem.channels_last) return "PyTorch sums planes in shorter chains: its errors would be larger than those";
+  if (direction == Direction::kDgrad || s.C >= 64) return nullptr;
+  return "its errors would be larger than those of a direct sum over few channels";
+}
+
 const char* winograd2x4_not_chosen(const ConvProblem& problem, Direction direction) {
   const ConvShape& s = problem.shape;
-  const bool weights = direction == Direction::kWgrad, forward = direction == Direction::kFprop;
+  const bool forward = direction == Direction::kFprop;
+  if (problem.dtype != Dtype::kFloat64) {
+    if (const char* reason = winograd2x4_rounds(problem, direction)) return reason;
+  }
   // A third of the products in float32 are faster than all of them in bfloat16, until the weights are large; in
   // backward the gradient would be made in float32 for it.
   const bool beats_pairs = forward && has_pairs(problem) && s.C >= 64 && s.K >= 64 && s.C * s.K <= 128 * 128;
   const char* reason = winograd2_not_chosen(beats_pairs ? in_float32(problem) : problem, direction);
   if (reason != nullptr) return reason;
-  const int64_t pixels = s.output_rows() / s.num_samples * s.P * s.Q;
-  if (problem.dtype == Dtype::kFloat32 && !weights) {
-    if (!problem.channels_last) return "PyTorch sums planes in shorter chains: its errors would be larger than those";
-    if (forward && s.C < 64) return "its errors would be larger than those of a direct sum over few channels";
-  }
   const bool large = s.C * s.K >= 512 * 512;
   // malloc gives a workspace of over 32 MiB back to the system: cleared pages cost more than a quarter of the products.
-  if (!forward && !weights && large) return "its packed weights would be fresh memory in every call";
-  if (weights && pixels < 384) return "its errors would be larger than those of a direct sum over few pixels";
-  if (pixels < (!forward ? 384 : large ? 0 : 128)) return "there are too few pixels for tiles of 2 x 4 to pay";
+  if (direction == Direction::kDgrad && large) return "its packed weights would be fresh memory in every call";
+  if (pixels_of_a_draw(s) < (!forward ? 384 : large ? 0 : 128))
+    return "there are too few pixels for tiles of 2 x 4 to pay";
   return nullptr;
 }
 

@@ -47,13 +47,14 @@ inline bool random_problem(Random& random, Problem* out) {
 }
 
 // Few pixels and many weights, so that Winograd draws them in the tasks that multiply them (more than 2 MB of
-// packed weights), or only stages its input (more than 528 tiles and 8 MB: `tiles`).
+// packed weights), or only stages its input (`tiles`: more than 2112 pixels, and 8 MB of F(2x2, 3x3), 16 MB of
+// F(2x4, 3x3)).
 inline Problem large_problem(Random& random, bool tiles) {
   ConvShape s = {};
   s.groups = s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
   s.R = s.S = 3;
-  s.C = tiles ? random.between(363, 370) : random.between(185, 220);
-  s.K = tiles ? random.between(363, 370) : random.between(185, 220);
+  s.C = tiles ? random.between(420, 430) : random.between(185, 220);
+  s.K = tiles ? random.between(420, 430) : random.between(185, 220);
   s.H = tiles ? 1 : random.between(1, 5), s.W = tiles ? 2 : random.between(1, 5);
   s.pad_top = s.pad_bottom = s.pad_left = s.pad_right = 1;
   s.num_samples = tiles ? 1 : random.between(1, 2);

@@ -1,6 +1,6 @@
 // fprop, dgrad and wgrad against plain loops, exactly: integer-valued data small enough that every sum is
 // exact in float32, so any order of summation gives the same bits. Random shapes, strides of every kind,
-// one and several pieces. F(4x4, 3x3) divides: it comes within rounding.
+// one and several pieces. F(2x4, 3x3) and F(4x4, 3x3) divide: they come within rounding.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -171,8 +171,10 @@ int main(int argc, char** argv) {
     }
     if (count > 0) {
       const Problem problem = large_problem(random, true);
-      check_problem<float, float>(random, problem, conv_kernels<float>(Algorithm::kWinograd2), "winograd2",
-                                  tolerance_of<float>(Algorithm::kWinograd2));
+      for (const Algorithm method : {Algorithm::kWinograd2, Algorithm::kWinograd2x4}) {
+        check_problem<float, float>(random, problem, conv_kernels<float>(method), method_name(method),
+                                    tolerance_of<float>(method));
+      }
     }
   }
   return harness::report("conv");
