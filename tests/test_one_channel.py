@@ -19,7 +19,8 @@ def test_one_channel_is_in_the_memory_format_of_the_weight(layout, size: int) ->
     seed = torch.tensor([3, 0])
     outputs = [layer(x, seed=seed), layer(x, seed=3)]  # the quick way and the long one
     outputs += [torch.compile(layer, backend="aot_eager")(x, seed=seed)]
-    for algorithm in ("reference", "library", "direct", *(["winograd2", "winograd2x4"] if size == 3 else [])):
+    winograd = ["winograd2", "winograd2x4"] if size == 3 else []
+    for algorithm in ("reference", "library", "direct", *winograd):
         with fb.algorithm(algorithm):
             outputs.append(layer(x, seed=seed))
     for y in outputs:
