@@ -70,12 +70,12 @@ class algorithm:
     depend on the number of threads. On CUDA it is then a deterministic algorithm of cuDNN.
 
     "winograd2" needs four ninths of the multiplications of a direct sum, "winograd2x4" a third, in
-    0.8 to 0.95 of the time. Its rounding errors are 1.4 to 1.7 times as large, so "auto" picks it
+    0.8 to 0.95 of the time. The errors of its output are 1.7 to 2.2 times as large, so "auto" picks it
     where they stay within those of PyTorch's float32 convolution in the same memory format: over
     the 72 shapes of benchmarks/accuracy.py the root mean square of the output's error with "auto"
     was 0.27 to 1.00 of that of PyTorch (median 0.77), the largest error of a gradient at most 2.0
     times. For contiguous images, whose sums PyTorch cuts into shorter chains, "winograd2x4" is
-    there on request: 1.6 to 1.9 times the error of PyTorch.
+    there on request: 1.6 to 2.1 times the error of PyTorch.
 
     "winograd4" needs a quarter, and takes 0.7 to 0.85 of the time of "winograd2" where its tiles of
     4 x 4 pixels fit the image or nearly so. "auto" never picks it: over 37 shapes the output's
