@@ -70,8 +70,8 @@ class algorithm:
     depend on the number of threads. On CUDA it is then a deterministic algorithm of cuDNN.
 
     "winograd2" needs four ninths of the multiplications of a direct sum, "winograd2x4" a third, in
-    0.8 to 0.95 of the time. The errors of its output are 1.7 to 2.2 times as large, so "auto" picks it
-    where they stay within those of PyTorch's float32 convolution in the same memory format: over
+    0.8 to 0.95 of the time. The errors of its output are 1.7 to 2.2 times as large, so "auto" picks
+    it where they stay within those of PyTorch's float32 convolution in the same memory format: over
     the 72 shapes of benchmarks/accuracy.py the root mean square of the output's error with "auto"
     was 0.27 to 1.00 of that of PyTorch (median 0.77), the largest error of a gradient at most 2.0
     times. For contiguous images, whose sums PyTorch cuts into shorter chains, "winograd2x4" is

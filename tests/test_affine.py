@@ -49,7 +49,7 @@ THREE_BY_THREE = ("few", "nine", "image", "dense", "long", "one", "samples", "sh
 METHODS = {"direct": DIRECT, **WINOGRAD}
 # Times the errors that the others are granted: F(4x4, 3x3) made at most 2.9 times, over twelve sets
 # of data. F(2x2, 3x3): 1.36 was the most of benchmarks/accuracy.py with AVX-512, where PyTorch's
-# own sums are short; F(2x4, 3x3): 1.7 times that of F(2x2, 3x3), the least there.
+# own sums are short; F(2x4, 3x3): 1.7 times that of F(2x2, 3x3), as there at least.
 SLACK = {WINOGRAD2: 1.36, WINOGRAD2X4: 2.3, WINOGRAD4: 4.0}
 CASES = [
     pytest.param(name, algorithm, id=f"{name}-{method}")
