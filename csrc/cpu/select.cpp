@@ -109,8 +109,8 @@ const char* winograd2x4_not_chosen(const ConvProblem& problem, Direction directi
   const bool large = s.C * s.K >= 512 * 512;
   // malloc gives a workspace of over 32 MiB back to the system: cleared pages cost more than a quarter of the products.
   if (direction == Direction::kDgrad && large) return "its packed weights would be fresh memory in every call";
-  if (pixels_of_a_draw(s) < (!forward ? 384 : large ? 0 : 128))
-    return "there are too few pixels for tiles of 2 x 4 to pay";
+  const int64_t least_pixels = !forward ? 384 : large ? 0 : 128;
+  if (pixels_of_a_draw(s) < least_pixels) return "there are too few pixels for tiles of 2 x 4 to pay";
   return nullptr;
 }
 
